@@ -1,0 +1,291 @@
+"""Stage 2, a small CLIP: `python -m training.clip text`, then `python -m training.clip vision`.
+
+The text tower learns first, from sentences alone, to say what a caption states (an attribute head
+per slot on the end-of-text state; 'not stated' is a class), so a colour is bound to its noun before
+the U-Net ever sees it. The vision tower is then trained against the locked text tower (LiT, Zhai et
+al. 2022) with CLIP's symmetric contrastive loss and the same attribute heads on the picture's side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from training import captions, data, world
+from training.common import MODEL, Budget, Ema, Run, cosine_lr, save_tensors
+
+MAX_LENGTH = 56
+WIDTH = 192
+PROJECTION = 128
+VISION_SIZE = 128
+
+#: slot -> its values; index len(values) means 'not stated' (text) or is masked (pictures).
+SLOTS: dict[str, tuple[str, ...]] = {
+    "layout": world.LAYOUTS,
+    **world.ATTRIBUTES,
+    **{f"other_{name}": world.ATTRIBUTES[name] for name in world.CHARACTER_ATTRIBUTES},
+}
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with merges learned from the captions: every known word is one token."""
+    words = captions.vocabulary()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    model.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    trainer = BpeTrainer(
+        vocab_size=4000,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
+    )
+    model.train_from_iterator([word.replace("-", " ") for word in words] * 4, trainer)
+    state = json.loads(model.to_str())["model"]
+    tokens = list(alphabet) + [c + "</w>" for c in alphabet]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
+    tokens += [a + b for a, b in merges]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
+
+
+def text_truth(scene: world.Scene, caption: captions.Caption) -> list[int]:
+    """What the caption states of each slot, as class indices; the last class is 'not stated'."""
+    figures = scene.cells[0].figures
+    cell = scene.cells[0]
+    known: dict[str, str] = {name: getattr(figures[0].character, name) for name in world.CHARACTER_ATTRIBUTES}
+    known |= {"place": cell.place, "time": cell.time, "weather": cell.weather}
+    known |= {"action": figures[0].action, "framing": scene.framing, "position": scene.position}
+    truth = []
+    for slot, values in SLOTS.items():
+        value = None
+        if slot == "layout":
+            value = scene.layout
+        elif slot.startswith("other_"):
+            if scene.layout == "pair" and slot[6:] in caption.stated_other:
+                value = getattr(figures[1].character, slot[6:])
+        elif slot in caption.stated and scene.layout != "crowd":
+            value = known[slot]
+        truth.append(len(values) if value is None else values.index(value))
+    return truth
+
+
+def image_truth(scene: world.Scene) -> list[int]:
+    """What the picture shows of each slot; the last class marks what it does not."""
+    figures = scene.cells[0].figures
+    seen = scene.attributes() if scene.layout != "crowd" else {}
+    if scene.layout != "single":
+        for name in ("framing", "position", "action"):
+            seen.pop(name, None)
+    if scene.layout in ("sheet", "strip"):
+        for name in ("place", "time", "weather"):
+            seen.pop(name, None)
+    if scene.layout == "pair":
+        seen |= {f"other_{n}": getattr(figures[1].character, n) for n in world.CHARACTER_ATTRIBUTES}
+    seen["layout"] = scene.layout
+    return [values.index(seen[slot]) if slot in seen else len(values) for slot, values in SLOTS.items()]
+
+
+class Heads(nn.Module):
+    """One linear classifier a slot over a pooled state: (batch, width) -> logits of each slot."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sizes = [len(values) + 1 for values in SLOTS.values()]
+        self.linear = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, pooled: Tensor) -> Sequence[Tensor]:
+        return self.linear(pooled).split(self.sizes, dim=-1)
+
+
+def slot_loss(logits: Sequence[Tensor], truth: Tensor, *, masked: bool) -> tuple[Tensor, float]:
+    """Mean cross-entropy over slots and the share answered right; `masked` ignores the last class."""
+    losses, right, count = [], 0, 0
+    for i, one in enumerate(logits):
+        target = truth[:, i]
+        ignore = one.shape[-1] - 1 if masked else -100
+        keep = target != ignore
+        if keep.any():
+            losses.append(F.cross_entropy(one[keep], target[keep]))
+            right += int((one[keep].argmax(-1) == target[keep]).sum())
+            count += int(keep.sum())
+    return torch.stack(losses).mean(), right / count
+
+
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 4,
+        projection_dim=PROJECTION,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+
+
+def text_batch(tokenizer: CLIPTokenizer, rng: random.Random, batch: int) -> tuple[Tensor, Tensor]:
+    """Captions of fresh random scenes (nothing is drawn): ids (batch, MAX_LENGTH), truth (batch, slots)."""
+    scenes = [world.sample_scene(rng) for _ in range(batch)]
+    told = [captions.describe(scene, rng) for scene in scenes]
+    truth = [text_truth(scene, caption) for scene, caption in zip(scenes, told, strict=True)]
+    return tokenize(tokenizer, [caption.text for caption in told]), torch.tensor(truth)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    ids: Tensor = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def train_text(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    run = Run("clip-text")
+    rng = random.Random(f"text{args.seed}")
+    tokenizer = build_tokenizer()
+    tower = CLIPTextModel(text_config(tokenizer))
+    heads = Heads(WIDTH)
+    modules = nn.ModuleDict({"tower": tower, "heads": heads})
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    ema = Ema(modules, 0.99)
+    budget, step = Budget(args.steps, args.minutes), 0
+    while (done := budget.done(step)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(done, step, args.lr)
+        ids, truth = text_batch(tokenizer, rng, args.batch)
+        loss, right = slot_loss(heads(tower(ids).pooler_output), truth, masked=False)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        ema.update(modules, step)
+        if step % 50 == 0:
+            run.log(step, loss=loss.item(), right=right)
+        step += 1
+    modules.load_state_dict(ema.shadow)
+    tower.eval()
+    with torch.no_grad():
+        ids, truth = text_batch(tokenizer, rng, 512)
+        _, right = slot_loss(heads(tower(ids).pooler_output), truth, masked=False)
+    run.log(step, right_held_out=right)
+    tower.half().save_pretrained(args.out / "text_encoder")
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    (args.out / "vocabulary.txt").write_text("\n".join(captions.vocabulary()) + "\n")
+    save_tensors(heads.state_dict(), run.folder / "heads.safetensors")
+
+
+def image_processor() -> CLIPImageProcessor:
+    half = [0.5, 0.5, 0.5]
+    size = {"height": VISION_SIZE, "width": VISION_SIZE}
+    return CLIPImageProcessor(
+        size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half
+    )
+
+
+def train_vision(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    run = Run("clip-vision")
+    rng = random.Random(f"vision{args.seed}")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    text = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).eval()
+    text.requires_grad_(False)
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH * 4,
+            projection_dim=PROJECTION,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            image_size=VISION_SIZE,
+            patch_size=16,
+            hidden_act="gelu",
+        )
+    )
+    modules = nn.ModuleDict(
+        {
+            "vision": vision,
+            "heads": Heads(WIDTH),
+            "text_projection": nn.Linear(WIDTH, PROJECTION, bias=False),
+            "logit_scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.66))}),
+        }
+    )
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    ema = Ema(modules, 0.99)
+    pictures = data.Pictures(args.data)
+    budget, step = Budget(args.steps, args.minutes), 0
+    while (done := budget.done(step)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(done, step, args.lr)
+        numbers = [rng.randrange(len(pictures)) for _ in range(args.batch)]
+        scenes = [data.scene(i) for i in numbers]
+        ids = tokenize(tokenizer, [captions.describe(scene, rng).text for scene in scenes])
+        pixels = torch.stack([torch.from_numpy(pictures[i].copy()) for i in numbers]).permute(0, 3, 1, 2)
+        pixels = F.avg_pool2d(pixels.float() / 127.5 - 1, 2)
+        with torch.no_grad():
+            pooled_text = text(ids).pooler_output
+        seen = vision(pixel_values=pixels)
+        pooled = vision.vision_model.post_layernorm(seen.last_hidden_state[:, 0])
+        logits, right = slot_loss(modules["heads"](pooled), torch.tensor([image_truth(s) for s in scenes]), masked=True)
+        a = F.normalize(seen.image_embeds, dim=-1)
+        b = F.normalize(modules["text_projection"](pooled_text), dim=-1)
+        similarity = modules["logit_scale"]["log"].clamp(max=4.6).exp() * a @ b.T
+        target = torch.arange(len(scenes))
+        contrast = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+        loss = logits + 0.5 * contrast
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        ema.update(modules, step)
+        if step % 25 == 0:
+            top1 = (similarity.argmax(1) == target).float().mean().item()
+            run.log(step, attributes=logits.item(), right=right, contrast=contrast.item(), top1=top1)
+        step += 1
+    modules.load_state_dict(ema.shadow)
+    vision.half().save_pretrained(args.out / "image_encoder")
+    image_processor().save_pretrained(args.out / "feature_extractor")
+    state = {k: v.half() for k, v in modules["text_projection"].state_dict().items()}
+    save_tensors({"text_projection." + k: v for k, v in state.items()}, args.out / "image_encoder" / "clip_text_projection.safetensors")
+    run.log(step, finished=1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tower", choices=("text", "vision"))
+    parser.add_argument("--data", type=Path, default=data.DATA)
+    parser.add_argument("--out", type=Path, default=MODEL)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    (train_text if args.tower == "text" else train_vision)(args)
+
+
+if __name__ == "__main__":
+    main()

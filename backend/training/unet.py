@@ -1,0 +1,221 @@
+"""Stage 3, the U-Net: `python -m training.unet`.
+
+A stock UNet2DConditionModel with two levels, transformer layers at both, trained on the stored
+latents with v-prediction on a zero-terminal-SNR schedule (Lin et al. 2024). One picture at a time:
+nothing attends across pictures, so that consistency stays zero-shot. The loss is weighted in space
+(figures above scenery, hats most), which moves effort, not the optimum: the weights do not depend on
+the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training import captions, data, world
+from training.clip import WIDTH, tokenize
+from training.common import MODEL, Budget, Ema, Run, cosine_lr
+
+GRID = 16
+
+
+def build() -> UNet2DConditionModel:
+    unet = UNet2DConditionModel(
+        sample_size=GRID,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(128, 256),
+        layers_per_block=1,
+        transformer_layers_per_block=(2, 1),
+        attention_head_dim=(4, 4),  # the number of heads, by diffusers' historical name
+        cross_attention_dim=WIDTH,
+        use_linear_projection=True,
+        norm_num_groups=16,
+    )
+    for name, module in unet.named_modules():
+        if name.endswith((".conv2", "proj_out", "conv_out")):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return unet
+
+
+def scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def spatial_weight(scene: world.Scene) -> Tensor:
+    """How much each latent counts, mean 1: (GRID, GRID). From the figures' boxes, nothing is drawn."""
+    weight = np.full((world.SIZE, world.SIZE), 0.6, np.float32)
+    columns = 1 if len(scene.cells) == 1 else 2
+    rows = -(-len(scene.cells) // columns)
+    for i, cell in enumerate(scene.cells):
+        left, top = i % columns * world.SIZE // columns, i // columns * world.SIZE // rows
+        for figure in cell.figures:
+            for x0, y0, x1, y1, value in ((-54, -205, 54, 4, 1.8), (-46, -236, 46, -158, 2.6)):
+                s = figure.scale
+                xs = np.clip([left + figure.x + x0 * s, left + figure.x + x1 * s], 0, world.SIZE)
+                ys = np.clip([top + figure.y + y0 * s, top + figure.y + y1 * s], 0, world.SIZE)
+                box = weight[int(ys[0]) : int(ys[1]), int(xs[0]) : int(xs[1])]
+                np.maximum(box, value, out=box)
+    grid = cv2.resize(weight, (GRID, GRID), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(grid / grid.mean())
+
+
+SAMPLE_PROMPTS = (
+    "a red rabbit in a blue striped dress and a green top hat is walking in the forest by day",
+    "a white cat wearing a yellow coat and a purple crown is waving in the city at night",
+    "a green frog in a red spotted shirt with an orange scarf is sitting at the beach at sunset",
+    "a blue elephant in yellow overalls and a pink bow is jumping in a meadow in the rain",
+    "a brown bear reads a book in the library",
+    "a duck in a dress on the farm in the snow",
+    "twins, a cat in a striped shirt at the castle",
+    "a comic strip of a bear in a coat in the desert and in the bedroom",
+)
+
+
+def export(unet: UNet2DConditionModel, folder: Path) -> StableDiffusionPipeline:
+    """The stock pipeline around `unet` and the earlier stages' weights."""
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def show(unet: UNet2DConditionModel, out: Path, path: Path, guidance: float = 4.0) -> None:
+    """A contact sheet of fixed prompts and seeds, to be looked at."""
+    pipe = export(unet, out)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        list(SAMPLE_PROMPTS),
+        num_inference_steps=20,
+        guidance_scale=guidance,
+        output_type="np",
+        generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
+    ).images
+    rows = [np.concatenate(list(images[i : i + 4]), 1) for i in (0, 4)]
+    cv2.imwrite(str(path), (np.concatenate(rows) * 255).round()[..., ::-1])
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    run = Run("unet")
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    text = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).eval()
+    text.requires_grad_(False)
+    unet = build()
+    print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters", flush=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(unet, 0.999)
+    step, spent = 0, 0.0
+    if state := run.load():
+        unet.load_state_dict(state["model"])
+        ema.shadow = state["ema"]
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+        torch.manual_seed(args.seed + step)
+    rng = random.Random(args.seed + step)
+    latents = np.concatenate([np.load(p) for p in sorted(args.data.glob("latents-*.npy"))])
+    scenes = [data.scene(i) for i in range(len(latents))]
+    weights = torch.stack([spatial_weight(scene) for scene in scenes])
+    noise_schedule = scheduler()
+    uncond = tokenize(tokenizer, [""])
+    budget = Budget(args.steps, args.minutes, spent)
+    losses: list[float] = []
+    last_save = last_show = budget.spent
+
+    def save() -> None:
+        run.save(
+            {
+                "model": unet.state_dict(),
+                "ema": ema.shadow,
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "spent": budget.spent,
+            }
+        )
+
+    def averaged() -> UNet2DConditionModel:
+        copy = build()
+        copy.load_state_dict(ema.shadow)
+        return copy.eval()
+
+    while (done := budget.done(step)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_lr(done, step, args.lr, warmup=200)
+        numbers = [rng.randrange(len(latents)) for _ in range(args.batch)]
+        x0 = torch.from_numpy(latents[numbers]).float()
+        ids = tokenize(tokenizer, [captions.describe(scenes[i], rng).text for i in numbers])
+        ids[torch.rand(len(numbers)) < 0.1] = uncond[0]
+        with torch.no_grad():
+            prompt_embeds = text(ids).last_hidden_state
+        noise = torch.randn_like(x0)
+        # stratified over the batch: less noise in the gradient for free
+        u = (torch.arange(len(numbers)) + torch.rand(len(numbers))) / len(numbers)
+        timesteps = (u * 1000).long().clamp(max=999)
+        noisy = noise_schedule.add_noise(x0, noise, timesteps)
+        target = noise_schedule.get_velocity(x0, noise, timesteps)
+        predicted = unet(noisy, timesteps, prompt_embeds).sample
+        loss = ((predicted - target).square().mean(1) * weights[numbers]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        ema.update(unet, step)
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            run.log(step, loss=float(np.mean(losses)), lr=optimizer.param_groups[0]["lr"], done=done)
+            losses.clear()
+        if budget.spent - last_save > 5:
+            save()
+            last_save = budget.spent
+        if budget.spent - last_show > args.show_every:
+            show(averaged(), args.out, run.folder / f"samples-{step:06d}.png")
+            last_show = budget.spent
+    save()
+    final = averaged()
+    export(final, args.out).to(dtype=torch.float16).save_pretrained(args.out)
+    show(final.float(), args.out, run.folder / "samples-final.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=data.DATA)
+    parser.add_argument("--out", type=Path, default=MODEL)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=0, help="run by the clock instead of --steps")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show-every", type=float, default=12, help="minutes between sample sheets")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
