@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training import captions, data, world
+from training import captions, data, vae, world
 from training.clip import WIDTH, tokenize
 from training.common import MODEL, Budget, Ema, Run, cosine_lr
+from training.encode import CHANNELS, load_code
 
 GRID = 16
 
@@ -30,8 +31,8 @@ GRID = 16
 def build() -> UNet2DConditionModel:
     unet = UNet2DConditionModel(
         sample_size=GRID,
-        in_channels=16,
-        out_channels=16,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         block_out_channels=(128, 256),
@@ -94,9 +95,12 @@ SAMPLE_PROMPTS = (
 
 
 def export(unet: UNet2DConditionModel, folder: Path) -> StableDiffusionPipeline:
-    """The stock pipeline around `unet` and the earlier stages' weights."""
+    """The stock pipeline around `unet` and what the other stages have left in `folder` so far."""
+    trained = (folder / "vae" / "config.json").exists()
     return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        if trained
+        else AutoencoderKL(**vae.CONFIG),
         text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
@@ -107,19 +111,21 @@ def export(unet: UNet2DConditionModel, folder: Path) -> StableDiffusionPipeline:
     )
 
 
-def show(unet: UNet2DConditionModel, out: Path, path: Path, guidance: float = 4.0) -> None:
-    """A contact sheet of fixed prompts and seeds, to be looked at."""
-    pipe = export(unet, out)
+def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guidance: float = 4.0) -> None:
+    """A contact sheet of fixed prompts and seeds, to be looked at; decoded linearly."""
+    pipe = export(unet, args.out)
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(
+    latents = pipe(
         list(SAMPLE_PROMPTS),
         num_inference_steps=20,
         guidance_scale=guidance,
-        output_type="np",
+        guidance_rescale=0.5,
+        output_type="latent",
         generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
     ).images
+    images = load_code(args.data).decode(latents).permute(0, 2, 3, 1).numpy().clip(-1, 1)
     rows = [np.concatenate(list(images[i : i + 4]), 1) for i in (0, 4)]
-    cv2.imwrite(str(path), (np.concatenate(rows) * 255).round()[..., ::-1])
+    cv2.imwrite(str(path), ((np.concatenate(rows) + 1) * 127.5).round()[..., ::-1])
 
 
 def train(args: argparse.Namespace) -> None:
@@ -196,12 +202,12 @@ def train(args: argparse.Namespace) -> None:
             save()
             last_save = budget.spent
         if budget.spent - last_show > args.show_every:
-            show(averaged(), args.out, run.folder / f"samples-{step:06d}.png")
+            show(averaged(), args, run.folder / f"samples-{step:06d}.png")
             last_show = budget.spent
     save()
     final = averaged()
+    show(final, args, run.folder / "samples-final.png")
     export(final, args.out).to(dtype=torch.float16).save_pretrained(args.out)
-    show(final.float(), args.out, run.folder / "samples-final.png")
 
 
 def main() -> None:
