@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from storydiffusion.resources import resources
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOAT32_BYTES = 4
+#: components that transformers loads
+ENCODERS = frozenset({"text_encoder", "text_encoder_2", "image_encoder"})
+AGAIN = "Download or copy it again."
 
 
 def load_pipeline(
@@ -56,11 +60,12 @@ def load_pipeline(
         pipe = _load_folder(path, dtype) if path.is_dir() else _load_single_file(path, dtype, config)
     except ModelError:
         raise
+    except NotImplementedError as error:  # torch: what the file did not fill cannot be moved
+        raise ModelError(f"{path.name} lacks weights that a model of its kind has.", AGAIN) from error
     except Exception as error:  # the libraries raise of every kind, RuntimeError to KeyError
         raise ModelError(
             f"{path.name} could not be loaded: {error}", "Its parts may not fit together."
         ) from error
-    _refuse_incomplete(pipe, path)
     return pipe
 
 
@@ -117,7 +122,7 @@ def _load_folder(path: Path, dtype: torch.dtype) -> Any:
     folder = inspect_folder(path)
     extra = {"requires_safety_checker": False} if folder.pipeline == "StableDiffusionPipeline" else {}
     # transformers 5 keeps a file's own dtype unless told; diffusers hands this one to every component.
-    return getattr(diffusers, folder.pipeline).from_pretrained(
+    pipe = getattr(diffusers, folder.pipeline).from_pretrained(
         folder.path,
         dtype=dtype,
         variant=folder.variant,
@@ -127,6 +132,8 @@ def _load_folder(path: Path, dtype: torch.dtype) -> Any:
         feature_extractor=None,
         **extra,
     )
+    _refuse_incomplete(pipe, path, folder.headers)
+    return pipe
 
 
 def _load_single_file(path: Path, dtype: torch.dtype, config: Path | None) -> Any:
@@ -147,6 +154,7 @@ def _load_single_file(path: Path, dtype: torch.dtype, config: Path | None) -> An
             prediction_type="v_prediction",
             rescale_betas_zero_snr="ztsnr" in header.tensors,
         )
+    _refuse_incomplete(pipe, path, {})
     return pipe
 
 
@@ -163,17 +171,27 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     )
 
 
-def _refuse_incomplete(pipe: Any, path: Path) -> None:
-    """Weights that the files lack stay on the meta device; found here, not in the first step."""
+def _refuse_incomplete(pipe: Any, path: Path, headers: Mapping[str, tuple[Header, ...]]) -> None:
+    """Weights that the files lack, found here and not in the first picture.
+
+    diffusers leaves them on the meta device; transformers makes them up, so for a folder's encoders the
+    names in the headers decide ('text_model.' comes and goes with its version).
+    """
     for name in WEIGHTED:
         module = getattr(pipe, name, None)
+        held = {_bare(key) for header in headers.get(name, ()) for key in header.tensors}
+        made_up = bool(held) and name in ENCODERS
         parameters = module.named_parameters() if module is not None else ()
-        lacking = [key for key, value in parameters if value.is_meta]
+        lacking = [key for key, value in parameters if value.is_meta or (made_up and _bare(key) not in held)]
         if lacking:
             raise ModelError(
                 f"{path.name} lacks {len(lacking)} of the weights of its {name}, {lacking[0]} among them.",
-                "Download or copy it again.",
+                AGAIN,
             )
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("text_model.").removeprefix("vision_model.")
 
 
 def _from_hub(repository: str, revision: str, half: bool, local_files_only: bool) -> Path:

@@ -21,10 +21,12 @@ Offload = Literal["none", "model", "sequential"]
 FLOAT32_BYTES = 4
 #: what the rest of the machine may want meanwhile
 RESERVE = 0.9
-#: numbers a pixel that the VAE's decoder holds at the picture's full size: three maps of 256 channels
+#: numbers a pixel at the peak of decoding: three maps of 256 channels at the picture's full size (769 by
+#: following every allocation of SD1.5's and SDXL's decoder; encoding holds 640)
 VAE_VALUES = 3 * 256
-#: numbers a pixel that the U-Net holds for one panel, the guidance's second half included
-UNET_VALUES = 512
+#: numbers a pixel at the U-Net's peak for one panel and its guidance: twice the 260 that SD1.5's holds
+#: (SDXL's: 160), for the tokens that consistency gathers and what kernels borrow
+UNET_VALUES = 2 * 260
 #: pixels on a side of a VAE tile
 TILE = 512
 #: the part of a component that sequential offloading holds at a time

@@ -1,0 +1,322 @@
+"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models`.
+
+Exit codes: 0 done, 1 the request is wrong or a model is missing, 2 the command line is wrong, 3 out of
+memory, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from storydiffusion import __version__
+from storydiffusion.errors import (
+    Cancelled,
+    ImageError,
+    OutOfMemoryError,
+    PlanError,
+    StoryDiffusionError,
+    StoryError,
+)
+from storydiffusion.resources import resources
+
+EXIT_WRONG, EXIT_MEMORY, EXIT_INTERRUPTED = 1, 3, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="storydiffusion", description=__doc__.split("\n")[0])
+    top.add_argument("--version", action="version", version=f"storydiffusion {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    making = argparse.ArgumentParser(add_help=False)
+    making.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    making.add_argument("--model", help="preset, folder or .safetensors file (default: the story's)")
+    making.add_argument("--plan", default="default", help="how panels attend to each other")
+    making.add_argument("--no-consistency", action="store_true", help="every panel on its own")
+    making.add_argument("--steps", type=int, help="sampling steps")
+    making.add_argument("--guidance", type=float, help="guidance scale")
+    making.add_argument("--seed", type=int, help="the story's seed instead of the file's")
+    making.add_argument("--window", type=int, default=4, help="panels made jointly (default 4)")
+
+    demo = commands.add_parser("demo", parents=[making], help="make the example story")
+    demo.add_argument("-o", "--output", type=Path, default=Path("storydiffusion-demo"), metavar="DIR")
+    demo.set_defaults(run=run_generate)
+
+    generate = commands.add_parser("generate", parents=[making], help="make the panels of a story file")
+    generate.add_argument("story", type=Path, metavar="STORY.toml")
+    generate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    generate.set_defaults(run=run_generate)
+
+    again = commands.add_parser(
+        "regenerate",
+        parents=[making],
+        help="make panels of a finished story again, from what the others look like now",
+        description="Make panels again from the other panels' pictures in DIR, painted changes included. "
+        "A result is a new take beside the earlier ones; nothing is overwritten.",
+    )
+    again.add_argument("folder", type=Path, metavar="DIR", help="a folder `generate` has written")
+    again.add_argument("--panel", action="append", required=True, metavar="ID", help="which (repeatable)")
+    again.add_argument("--from", dest="sources", action="append", metavar="ID", help="look at these panels only")
+    again.add_argument("--image", type=Path, help="start from this picture of the panel (refine)")
+    again.add_argument("--strength", type=float, help="how much --image may change, 0 to 1 (default 0.6)")
+    again.add_argument("--mask", type=Path, help="change only where this picture is white (inpaint)")
+    again.add_argument("--new-seed", action="store_true", help="another take: a seed not used before")
+    again.set_defaults(run=run_regenerate)
+
+    evaluate = commands.add_parser("evaluate", help="measure the embedded model")
+    evaluate.add_argument("what", choices=("consistency",))
+    evaluate.add_argument("--stories", type=int, default=50, help="how many of the fixed stories")
+    evaluate.add_argument("--rows", help="comma-separated row names (default: all)")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets here")
+    evaluate.add_argument("--model", help="folder of a storyworld model")
+    evaluate.set_defaults(run=run_evaluate)
+
+    models = commands.add_parser("models", help="list the models this machine could use")
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(run=run_models)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except OutOfMemoryError as error:
+        return _fail(error, EXIT_MEMORY)
+    except (KeyboardInterrupt, Cancelled):
+        print("Stopped; nothing half done was written.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except StoryDiffusionError as error:
+        return _fail(error, EXIT_WRONG)
+    return 0
+
+
+def _fail(error: StoryDiffusionError, code: int) -> int:
+    print(f"storydiffusion: {error}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own progress bars and advice are not for artists."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
+class _Bar:
+    """The engine's progress as a bar on a terminal, silent elsewhere."""
+
+    def __init__(self, silent: bool) -> None:
+        from tqdm import tqdm
+
+        self.bar: Any = tqdm(disable=silent or not sys.stderr.isatty(), unit="step", leave=False)
+
+    def __call__(self, progress: Any) -> None:
+        if progress.step == 0:
+            self.bar.reset(progress.steps)
+            self.bar.set_description(
+                progress.ids[0] if len(progress.ids) == 1 else f"{progress.ids[0]} to {progress.ids[-1]}"
+            )
+        else:
+            self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _open_model(args: argparse.Namespace, story: Any) -> tuple[Any, Any]:
+    """The pipeline and the settings for a story."""
+    _quiet_libraries()
+    from storydiffusion.attention import plan_named
+    from storydiffusion.models import find_preset, load_pipeline
+    from storydiffusion.panels import Settings
+
+    plan = None if args.no_consistency else plan_named(args.plan)
+    source = args.model or story.model
+    pipe = load_pipeline(source)
+    preset = find_preset(source)
+    settings = Settings(
+        width=story.width,
+        height=story.height,
+        num_inference_steps=args.steps or story.num_inference_steps or (preset.steps if preset else 25),
+        guidance_scale=first_given(args.guidance, story.guidance_scale, preset.guidance if preset else 7.0),
+        guidance_rescale=0.5 if preset and preset.family == "storyworld" else 0.0,
+        seed=story.seed,
+        plan=plan,
+        window=args.window,
+    )
+    return pipe, settings
+
+
+def first_given(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def _warn_unknown(pipe: Any, story: Any) -> list[str]:
+    """Say which words the model never saw."""
+    from storydiffusion.storyboard import targets_of
+    from storydiffusion.vocabulary import load_vocabulary, unknown_words
+
+    path = Path(str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", "")))
+    vocabulary = load_vocabulary(path)
+    words = unknown_words(" ".join(t.prompt for t in targets_of(story)), vocabulary)
+    if words:
+        print(
+            f"This model has never seen: {', '.join(words)}. It will guess; the words it knows are in "
+            f"{path / 'vocabulary.txt'}.",
+            file=sys.stderr,
+        )
+    return words
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from storydiffusion.story import load_story
+
+    demo = args.command == "demo"
+    story = load_story(resources() / "stories" / "demo.toml" if demo else args.story)
+    if args.seed is not None:
+        story = replace(story, seed=args.seed)
+    pipe, settings = _open_model(args, story)
+    words = _warn_unknown(pipe, story)
+    from storydiffusion.panels import generate
+    from storydiffusion.storyboard import save_panel, save_sheet, save_story, targets_of
+
+    started = time.perf_counter()
+    bar = _Bar(args.json)
+    paths: list[Path] = []
+
+    def finished(index: int, picture: Any) -> None:
+        paths.append(save_panel(args.output, story, story.panels[index], picture))
+
+    try:
+        save_story(args.output, story)
+        pictures = generate(pipe, targets_of(story), settings, callback=bar, finished=finished)
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    sheet = save_sheet(args.output, story, pictures)
+    _report(args, paths, sheet, seconds, words)
+
+
+def run_regenerate(args: argparse.Namespace) -> None:
+    from storydiffusion.pictures import load_mask, load_picture
+    from storydiffusion.storyboard import (
+        latest_take,
+        open_folder,
+        pictures_of,
+        references_of,
+        save_panel,
+        save_sheet,
+        targets_of,
+    )
+
+    story = open_folder(args.folder)
+    known = {panel.id: panel for panel in story.panels}
+    for name in [*args.panel, *(args.sources or [])]:
+        if name not in known:
+            raise StoryError(f"The story has no panel {name}.", f"Its panels are {', '.join(known)}.")
+    if args.seed is not None:
+        story = replace(story, seed=args.seed)
+    starts = args.image is not None or args.mask is not None
+    if starts and len(args.panel) != 1:
+        raise PlanError("A picture or mask goes with one panel.", "Name one with --panel.")
+    if args.strength is not None and not starts:
+        raise PlanError("--strength says how much a picture may change.", "Give it with --image.")
+    references = references_of(args.folder, story, leave_out=args.panel)
+    if args.sources:
+        references = [r for r in references if r.id in args.sources]
+    if not references and not args.no_consistency:
+        raise ImageError("There is no other panel to look at.", "Generate them, or use --no-consistency.")
+    pipe, settings = _open_model(args, story)
+    from storydiffusion.attention import stable_seed
+    from storydiffusion.panels import extend
+
+    targets = []
+    for target in targets_of(story):
+        if target.id not in args.panel:
+            continue
+        if args.new_seed:
+            takes = len(list(args.folder.glob(f"{target.id}*.png")))
+            target = replace(target, seed=stable_seed(target.seed, "take", takes))
+        if starts:
+            path = args.image or latest_take(args.folder, target.id)
+            if path is None:
+                raise ImageError(f"Panel {target.id} has no picture yet.", "Generate it first.")
+            target = replace(
+                target,
+                image=load_picture(path),
+                mask=load_mask(args.mask) if args.mask else None,
+                strength=args.strength if args.strength is not None else (1.0 if args.mask else 0.6),
+            )
+        targets.append(target)
+    started = time.perf_counter()
+    bar = _Bar(args.json)
+    try:
+        pictures = extend(pipe, targets, references, settings, callback=bar)
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - started
+    paths = [save_panel(args.folder, story, known[t.id], p) for t, p in zip(targets, pictures, strict=True)]
+    sheet = save_sheet(args.folder, story, pictures_of(args.folder, story))
+    _report(args, paths, sheet, seconds, [])
+
+
+def _report(args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: float, words: list[str]) -> None:
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "panels": [str(p) for p in paths],
+                    "sheet": str(sheet),
+                    "seconds": round(seconds, 2),
+                    "unknown_words": words,
+                }
+            )
+        )
+    else:
+        print(f"{len(paths)} panels in {seconds:.1f} s: {', '.join(str(p) for p in paths)}")
+        print(f"All of them on one sheet: {sheet}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    try:
+        from training.evaluate import evaluate_consistency
+    except ImportError as error:
+        raise StoryDiffusionError(
+            "The evaluation draws its own world, which an installed wheel does not carry.",
+            "Run it from a checkout: pip install -e .",
+        ) from error
+    _quiet_libraries()
+    rows = args.rows.split(",") if args.rows else None
+    evaluate_consistency(
+        stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model
+    )
+
+
+def run_models(args: argparse.Namespace) -> None:
+    from storydiffusion.models import load_catalogue
+
+    presets = load_catalogue()
+    if args.json:
+        print(json.dumps([{"id": p.id, "title": p.title, "family": p.family, "source": p.source} for p in presets]))
+        return
+    for preset in presets:
+        print(f"{preset.id:16} {preset.family:10} {preset.title}  ({preset.source})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
