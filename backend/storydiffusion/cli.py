@@ -142,18 +142,25 @@ def _open_model(args: argparse.Namespace, story: Any) -> tuple[Any, Any]:
     """The pipeline and the settings for a story."""
     _quiet_libraries()
     from storydiffusion.attention import plan_named
-    from storydiffusion.models import find_preset, load_pipeline
+    from storydiffusion.models import (
+        apply_placement,
+        component_bytes,
+        load_catalogue,
+        load_pipeline,
+        place,
+    )
     from storydiffusion.panels import Settings
 
     plan = None if args.no_consistency else plan_named(args.plan)
     source = args.model or story.model
-    pipe = load_pipeline(source)
-    preset = find_preset(source)
+    placement = place(component_bytes(source), width=story.width, height=story.height, panels=args.window)
+    pipe = apply_placement(load_pipeline(source, dtype=placement.dtype), placement)
+    preset = load_catalogue().get(source)
     settings = Settings(
         width=story.width,
         height=story.height,
         num_inference_steps=args.steps or story.num_inference_steps or (preset.steps if preset else 25),
-        guidance_scale=first_given(args.guidance, story.guidance_scale, preset.guidance if preset else 7.0),
+        guidance_scale=first_given(args.guidance, story.guidance_scale, preset.guidance_scale if preset else 7.0),
         guidance_rescale=0.5 if preset and preset.family == "storyworld" else 0.0,
         seed=story.seed,
         plan=plan,
@@ -166,12 +173,13 @@ def first_given(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def _warn_unknown(pipe: Any, story: Any) -> list[str]:
+def _warn_unknown(source: str, story: Any) -> list[str]:
     """Say which words the model never saw."""
+    from storydiffusion.models import locate
     from storydiffusion.storyboard import targets_of
     from storydiffusion.vocabulary import load_vocabulary, unknown_words
 
-    path = Path(str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", "")))
+    path = locate(source)
     vocabulary = load_vocabulary(path)
     words = unknown_words(" ".join(t.prompt for t in targets_of(story)), vocabulary)
     if words:
@@ -191,7 +199,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.seed is not None:
         story = replace(story, seed=args.seed)
     pipe, settings = _open_model(args, story)
-    words = _warn_unknown(pipe, story)
+    words = _warn_unknown(args.model or story.model, story)
     from storydiffusion.panels import generate
     from storydiffusion.storyboard import save_panel, save_sheet, save_story, targets_of
 
@@ -310,7 +318,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_models(args: argparse.Namespace) -> None:
     from storydiffusion.models import load_catalogue
 
-    presets = load_catalogue()
+    presets = list(load_catalogue().values())
     if args.json:
         print(json.dumps([{"id": p.id, "title": p.title, "family": p.family, "source": p.source} for p in presets]))
         return
