@@ -16,15 +16,12 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from storydiffusion.errors import ModelError, OutOfMemoryError
 from storydiffusion.models import (
@@ -42,6 +39,7 @@ from storydiffusion.models.checkpoint import checkpoint_family, component_parame
 from storydiffusion.models.header import Header, Tensor
 from storydiffusion.models.loading import wanted_files
 from storydiffusion.resources import resources
+from tiny import TINY, tiny_sd15, tiny_sdxl, tiny_tokenizer
 
 CONFIGS = resources() / "models" / "configs"
 GB = 10**9
@@ -54,89 +52,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-# Tiny models of the true architectures ------------------------------------------------------------
-
-
-def tiny_text(width: int, projection: bool = False) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=width,
-        eos_token_id=2,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-
-
-def tiny_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(CONFIGS / "clip_tokenizer", pad_token=pad, model_max_length=77)
-
-
-def tiny_unet(**more: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        **{
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "attention_head_dim": 2,
-            "cross_attention_dim": 16,
-            "norm_num_groups": 4,
-            "sample_size": 8,
-            **more,
-        }
-    ).eval()
-
-
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-    ).eval()
-
-
-def tiny_sd15() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    return StableDiffusionPipeline(
-        vae=tiny_vae(),
-        text_encoder=tiny_text(16),
-        tokenizer=tiny_tokenizer(),
-        unet=tiny_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def tiny_sdxl() -> StableDiffusionXLPipeline:
-    torch.manual_seed(0)
-    return StableDiffusionXLPipeline(
-        vae=tiny_vae(),
-        text_encoder=tiny_text(16),
-        text_encoder_2=tiny_text(24, projection=True),
-        tokenizer=tiny_tokenizer(),
-        tokenizer_2=tiny_tokenizer("!"),
-        unet=tiny_unet(
-            cross_attention_dim=40,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-            use_linear_projection=True,
-        ),
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-
-
-TINY: dict[str, Callable[[], Any]] = {"sd15": tiny_sd15, "sdxl": tiny_sdxl}
 
 
 @pytest.fixture(params=["sd15", "sdxl"])

@@ -10,6 +10,7 @@ references does not depend on which others are made with it; nothing is remember
 from __future__ import annotations
 
 import gc
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -265,13 +266,12 @@ def _prepare(
     )
 
 
-def _unet(run: _Run, latents: Tensor, timestep: Tensor, rows: Sequence[int], halves: Sequence[int]) -> Tensor:
-    """One call: latents (n, c, h, w) of `rows` -> predictions (halves, n, c, h, w)."""
+def _unet(run: _Run, model_input: Tensor, timestep: Tensor, rows: Sequence[int], halves: Sequence[int]) -> Tensor:
+    """One call: scaled latents (n, c, h, w) of `rows` -> predictions (halves, n, c, h, w)."""
     pipe, settings = run.pipe, run.settings
     chosen = [(run.negatives if half == 0 else run.prompts)[row] for half in halves for row in rows]
     embeds, mask, pooled = stack(chosen)
-    batch = latents.repeat(len(halves), 1, 1, 1)
-    scaled = pipe.scheduler.scale_model_input(batch, timestep)
+    batch = model_input.repeat(len(halves), 1, 1, 1)
     extra: dict[str, Any] = {}
     if is_sdxl(pipe):
         ids = [settings.height, settings.width, 0, 0, settings.height, settings.width]
@@ -280,7 +280,7 @@ def _unet(run: _Run, latents: Tensor, timestep: Tensor, rows: Sequence[int], hal
             "time_ids": torch.tensor([ids] * len(batch), device=embeds.device, dtype=embeds.dtype),
         }
     predicted = pipe.unet(
-        scaled.to(pipe.unet.dtype), timestep, embeds, encoder_attention_mask=mask, **extra
+        batch.to(pipe.unet.dtype), timestep, embeds, encoder_attention_mask=mask, **extra
     ).sample
     return predicted.float().unflatten(0, (len(halves), len(rows)))
 
@@ -326,17 +326,20 @@ def _replay(
     run: _Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int]
 ) -> None:
     """Run the references, noised to this step, so that the layers remember their features."""
-    plan = consistency.plan
-    at = (timestep * plan.reference_noise).round().long()
-    noisy = run.pipe.scheduler.add_noise(
-        run.reference_latents, run.reference_noise, at.expand(len(run.references))
-    )
-    rows = [len(run.targets) + i for i in range(len(run.references))]
-    for i, row in enumerate(rows):
-        name = _name(run.references[i])
-        tokens = {name: run.reference_tokens[run.references[i].id]} if run.references[i].id in run.reference_tokens else {}
+    at = (timestep * consistency.plan.reference_noise).round().long()
+    noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
+    for i, reference in enumerate(run.references):
+        name = _name(reference)
+        tokens = {name: run.reference_tokens[reference.id]} if reference.id in run.reference_tokens else {}
         consistency.next_call(Layout(len(halves), (name,), ((),), remember=True, tokens=tokens))
-        _unet(run, noisy[i : i + 1], at, [row], halves)
+        _unet(run, noisy[i : i + 1], at, [len(run.targets) + i], halves)
+
+
+def variance_preserving(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """sqrt(abar_t) x + sqrt(1 - abar_t) noise: what the U-Net of any such scheduler sees at `timestep`,
+    which need not be one of the schedule's."""
+    abar = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[timestep]
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
 
 
 def _predict(
@@ -361,7 +364,8 @@ def _predict(
             _stop_if(cancel)
             if consistency is not None:
                 consistency.next_call(_layout(run, rows, len(some), way))
-            predicted = _unet(run, latents[list(rows)], timestep, rows, some)
+            model_input = run.pipe.scheduler.scale_model_input(latents[list(rows)], timestep)
+            predicted = _unet(run, model_input, timestep, rows, some)
             if len(some) == len(halves):
                 total[:, list(rows)] += predicted
             else:
@@ -451,8 +455,6 @@ def _noised(run: _Run, i: int, timestep: Tensor) -> Tensor:
 
 def _noise_source(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
     """Schedulers that add noise take it from one generator a panel; others take none."""
-    import inspect
-
     accepted = inspect.signature(scheduler.step).parameters
     return {"generator": generators} if "generator" in accepted else {}
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from training import data, world
 from training.common import Budget, Ema, Run, cosine_lr, load_tensors, save_tensors
-from training.encode import Code, load_code, to_tensor
+from training.encode import load_code, to_tensor
 
 PROBE = Path("resources/models/probe")
 INPUT = 128
@@ -76,27 +76,34 @@ def truth(scene: world.Scene, mirrored: bool) -> list[int]:
     return [values.index(seen[name]) if name in seen else -100 for name, values in world.ATTRIBUTES.items()]
 
 
-def roughen(x: Tensor, code: Code) -> Tensor:
-    """Degrade (batch, 3, 256, 256) pictures the ways a generator does, a quarter of them not at all."""
-    kinds = torch.randint(4, (len(x),))
-    x = x.clone()
-    if (linear := kinds == 1).any():
-        latents = code.encode(x[linear])
-        x[linear] = code.decode(latents + 0.12 * torch.randn_like(latents)).clamp(-1, 1)
-    if (blurred := kinds == 2).any():
-        x[blurred] = F.interpolate(F.avg_pool2d(x[blurred], 4), scale_factor=4, mode="bilinear")
-    noise = 0.08 * torch.randn(len(x), 1, 1, 1).abs() * torch.randn_like(x)
-    return torch.where((kinds == 0).view(-1, 1, 1, 1), x, x + noise)
+@torch.no_grad()
+def load_singles(folder: Path) -> tuple[list[int], Tensor]:
+    """Numbers of the single-character scenes, and their pictures at half size as drawn and as the
+    linear code gives them back: (scenes, 2, 3, 128, 128) uint8."""
+    pictures, code = data.Pictures(folder), load_code(folder)
+    numbers = [i for i in range(len(pictures)) if data.scene(i).layout == "single"]
+    out = torch.empty(len(numbers), 2, 3, INPUT, INPUT, dtype=torch.uint8)
+    for start in range(0, len(numbers), 50):
+        x = to_tensor(np.stack([pictures[i] for i in numbers[start : start + 50]]))
+        for n, version in enumerate((x, code.decode(code.encode(x)).clamp(-1, 1))):
+            out[start : start + 50, n] = ((F.avg_pool2d(version, 2) + 1) * 127.5).round().byte()
+    return numbers, out
+
+
+def roughen(x: Tensor) -> Tensor:
+    """Blur and noise (batch, 3, 128, 128) pictures the ways a generator does, half of them not at all."""
+    kinds = torch.randint(4, (len(x), 1, 1, 1))
+    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+    noisy = x + 0.06 * torch.randn_like(x)
+    return torch.where(kinds == 0, blurred, torch.where(kinds == 1, noisy, x))
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     run = Run("probe")
-    pictures = data.Pictures(args.data)
-    code = load_code(args.data)
-    singles = [i for i in range(len(pictures)) if data.scene(i).layout == "single"]
-    scenes = {i: data.scene(i) for i in singles}
+    numbers, pictures = load_singles(args.data)
+    truths = torch.tensor([[truth(data.scene(i), mirrored) for mirrored in (False, True)] for i in numbers])
     probe = Probe()
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=0.05)
     ema = Ema(probe, 0.99)
@@ -104,11 +111,12 @@ def train(args: argparse.Namespace) -> None:
     while (done := budget.done(step)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(done, step, args.lr)
-        chosen = [rng.choice(singles) for _ in range(args.batch)]
-        mirror = [rng.random() < 0.5 for _ in chosen]
-        x = to_tensor(np.stack([pictures[i][:, ::-1] if m else pictures[i] for i, m in zip(chosen, mirror, strict=True)]))
-        target = torch.tensor([truth(scenes[i], m) for i, m in zip(chosen, mirror, strict=True)])
-        x = F.avg_pool2d(roughen(x, code), world.SIZE // INPUT)
+        chosen = torch.tensor([rng.randrange(len(numbers)) for _ in range(args.batch)])
+        version = (torch.rand(args.batch) < 0.35).long()
+        mirrored = bool(rng.random() < 0.5)
+        x = pictures[chosen, version].float() / 127.5 - 1
+        target = truths[chosen, int(mirrored)]
+        x = roughen(x.flip(-1) if mirrored else x)
         losses = [F.cross_entropy(logits, target[:, n], ignore_index=-100) for n, logits in enumerate(probe(x))]
         loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +127,8 @@ def train(args: argparse.Namespace) -> None:
             run.log(step, loss=loss.item())
         step += 1
     probe.load_state_dict(ema.shadow)
-    save_tensors({k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}, args.out / "probe.safetensors")
+    state = {k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}
+    save_tensors(state, args.out / "probe.safetensors")
     accuracy = held_out_accuracy(load_probe(args.out), args.held_out)
     (args.out / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
     print(json.dumps(accuracy, indent=1))

@@ -10,6 +10,7 @@ the noise.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import captions, data, vae, world
+from training.align import Alignment
 from training.clip import WIDTH, tokenize
 from training.common import MODEL, Budget, Ema, Run, cosine_lr
 from training.encode import CHANNELS, load_code
@@ -82,6 +84,13 @@ def spatial_weight(scene: world.Scene) -> Tensor:
     return torch.from_numpy(grid / grid.mean())
 
 
+def interest(scene: world.Scene) -> float:
+    """How often a scene is shown: small figures teach little for what they cost."""
+    if scene.layout == "crowd":
+        return 0.4
+    return 0.5 if scene.framing == "far" else 1.0
+
+
 SAMPLE_PROMPTS = (
     "a red rabbit in a blue striped dress and a green top hat is walking in the forest by day",
     "a white cat wearing a yellow coat and a purple crown is waving in the city at night",
@@ -134,21 +143,31 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).eval()
     text.requires_grad_(False)
-    unet = build()
+    unet = UNet2DConditionModel.from_pretrained(args.start_from, torch_dtype=torch.float32) if args.start_from else build()
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters", flush=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    aligned = Alignment(unet.config.block_out_channels[-1])
+    middle: list[Tensor] = []
+    unet.mid_block.register_forward_hook(lambda _, __, out: middle.append(out))
+    trained = [*unet.parameters(), *aligned.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = Ema(unet, 0.999)
     step, spent = 0, 0.0
     if state := run.load():
         unet.load_state_dict(state["model"])
         ema.shadow = state["ema"]
+        aligned.load_state_dict(state["aligned"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
         torch.manual_seed(args.seed + step)
     rng = random.Random(args.seed + step)
     latents = np.concatenate([np.load(p) for p in sorted(args.data.glob("latents-*.npy"))])
+    features = [np.load(path, mmap_mode="r") for path in sorted(args.data.glob("features-*.npy"))]
     scenes = [data.scene(i) for i in range(len(latents))]
     weights = torch.stack([spatial_weight(scene) for scene in scenes])
+    odds = list(itertools.accumulate(map(interest, scenes)))
+    # coarse channels (colours, shapes) count more than fine ones (contours)
+    per_channel = torch.from_numpy(latents[:2000].astype(np.float32).std((0, 2, 3)))
+    per_channel = (per_channel / per_channel.mean()).view(1, -1, 1, 1)
     noise_schedule = scheduler()
     uncond = tokenize(tokenizer, [""])
     budget = Budget(args.steps, args.minutes, spent)
@@ -160,6 +179,7 @@ def train(args: argparse.Namespace) -> None:
             {
                 "model": unet.state_dict(),
                 "ema": ema.shadow,
+                "aligned": aligned.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "spent": budget.spent,
@@ -174,7 +194,7 @@ def train(args: argparse.Namespace) -> None:
     while (done := budget.done(step)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(done, step, args.lr, warmup=200)
-        numbers = [rng.randrange(len(latents)) for _ in range(args.batch)]
+        numbers = rng.choices(range(len(latents)), cum_weights=odds, k=args.batch)
         x0 = torch.from_numpy(latents[numbers]).float()
         ids = tokenize(tokenizer, [captions.describe(scenes[i], rng).text for i in numbers])
         ids[torch.rand(len(numbers)) < 0.1] = uncond[0]
@@ -186,17 +206,20 @@ def train(args: argparse.Namespace) -> None:
         timesteps = (u * 1000).long().clamp(max=999)
         noisy = noise_schedule.add_noise(x0, noise, timesteps)
         target = noise_schedule.get_velocity(x0, noise, timesteps)
+        middle.clear()
         predicted = unet(noisy, timesteps, prompt_embeds).sample
-        loss = ((predicted - target).square().mean(1) * weights[numbers]).mean()
+        loss = (((predicted - target).square() * per_channel).mean(1) * weights[numbers]).mean()
+        stored = np.stack([features[i // data.SHARD][i % data.SHARD] for i in numbers])
+        agreement = aligned(middle[0], torch.from_numpy(stored).float())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        (loss + args.alignment * agreement).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         ema.update(unet, step)
         losses.append(loss.item())
         step += 1
         if step % 50 == 0:
-            run.log(step, loss=float(np.mean(losses)), lr=optimizer.param_groups[0]["lr"], done=done)
+            run.log(step, loss=float(np.mean(losses)), alignment=agreement.item(), lr=optimizer.param_groups[0]["lr"], done=done)
             losses.clear()
         if budget.spent - last_save > 5:
             save()
@@ -218,6 +241,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0, help="run by the clock instead of --steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--start-from", type=Path, help="a trained U-Net's folder to go on from")
+    parser.add_argument("--alignment", type=float, default=0.5, help="weight of the REPA term")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show-every", type=float, default=12, help="minutes between sample sheets")
     train(parser.parse_args())
