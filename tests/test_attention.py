@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+
 from storydiffusion.attention import (
     EVERYWHERE,
     PLANS,
@@ -54,9 +55,7 @@ def test_panels_that_share_no_one_may_attend_to_different_numbers_of_panels() ->
     sources = ((1, 2), (0,), (0, 1, 3), ())
     samples = [sample_tokens(64, rate, 5) for rate in (0.3, 1.0, 0.7, 0.5)]
     arguments = (q, k, v, 4, sources, samples, [1.0, 2.0, 0.5, 4.0])
-    torch.testing.assert_close(
-        consistent_attention(*arguments), literal_attention(*arguments), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(consistent_attention(*arguments), literal_attention(*arguments), atol=1e-5, rtol=0)
 
 
 def test_without_other_panels_it_is_plain_attention() -> None:

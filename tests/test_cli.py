@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+
 from storydiffusion.cli import main
 from storydiffusion.pictures import embedded_text, load_picture
 from storydiffusion.resources import resources
@@ -58,7 +59,9 @@ def test_a_panel_carries_the_story_it_belongs_to(made: Path) -> None:
     assert parse_story(text["storydiffusion:story"]).title == "A test"
 
 
-def test_generate_twice_keeps_the_earlier_takes(story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_twice_keeps_the_earlier_takes(
+    story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     for _ in range(2):
         assert main(["generate", str(story), "-o", str(out), "--json"]) == 0
@@ -77,7 +80,9 @@ def test_regenerate_adds_a_take_made_from_the_others(made: Path, capsys: pytest.
     assert np.array_equal(load_picture(made / "p3.png"), before), "the first take was changed"
 
 
-def test_regenerate_inside_a_mask_leaves_the_rest(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_regenerate_inside_a_mask_leaves_the_rest(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mask = np.zeros((256, 256), np.uint8)
     mask[100:200, 100:200] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")

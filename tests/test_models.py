@@ -297,9 +297,7 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize(
-    "name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "m.PKL", "m.safetensors", "m.SafeTensors"]
-)
+@pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.pth", "m.bin", "m.PKL", "m.safetensors", "m.SafeTensors"])
 @pytest.mark.parametrize("how", ["torch", "legacy torch", "pickle"])
 def test_pickled_files_are_refused_under_any_name_and_never_run(name: str, how: str, tmp_path: Path) -> None:
     path, mark = tmp_path / name, tmp_path / "mark"
@@ -447,9 +445,7 @@ def test_a_single_file_of_half_precision_is_float32_unless_asked_otherwise(tmp_p
         assert {value.dtype for value in parameters(loaded).values()} == {dtype or torch.float32}
 
 
-@pytest.mark.parametrize(
-    "lost", ["middle_block.1", "decoder.conv_in", "encoder.layers.1", "final_layer_norm.bias"]
-)
+@pytest.mark.parametrize("lost", ["middle_block.1", "decoder.conv_in", "encoder.layers.1", "final_layer_norm.bias"])
 def test_a_single_file_that_lacks_weights_is_refused(lost: str, tmp_path: Path) -> None:
     pipe = tiny_sd15()
     pipe.save_pretrained(tmp_path / "config")
@@ -483,9 +479,7 @@ def test_a_full_size_sd15_file_loads_from_what_we_carry(
     pipe = load_pipeline(path, dtype=torch.float16)
     assert type(pipe) is StableDiffusionPipeline
     assert pipe.safety_checker is None
-    assert sum(value.numel() for value in parameters(pipe).values()) * 4 == sum(
-        component_bytes(path).values()
-    )
+    assert sum(value.numel() for value in parameters(pipe).values()) * 4 == sum(component_bytes(path).values())
     assert pipe.tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
@@ -503,9 +497,7 @@ def test_the_configurations_are_small() -> None:
 # Loading a folder ---------------------------------------------------------------------------------
 
 
-def test_a_folder_of_half_precision_is_float32_unless_asked_otherwise(
-    family: str, folders: dict[str, Path]
-) -> None:
+def test_a_folder_of_half_precision_is_float32_unless_asked_otherwise(family: str, folders: dict[str, Path]) -> None:
     for dtype in (None, torch.bfloat16):
         pipe = load_pipeline(folders[family], dtype=dtype)
         assert {value.dtype for value in parameters(pipe).values()} == {dtype or torch.float32}
@@ -564,9 +556,7 @@ def test_a_model_index_that_asks_for_anything_else_is_refused(case: str, folder:
         load_pipeline(folder)
 
 
-@pytest.mark.parametrize(
-    "key", ["auto_map", "attn_implementation", "_attn_implementation", "quantization_config"]
-)
+@pytest.mark.parametrize("key", ["auto_map", "attn_implementation", "_attn_implementation", "quantization_config"])
 @pytest.mark.parametrize("file", ["text_encoder/config.json", "unet/config.json"])
 def test_a_configuration_that_asks_for_code_is_refused(key: str, file: str, folder: Path) -> None:
     edit(folder, file, **{key: "someone/kernel"})
@@ -575,9 +565,7 @@ def test_a_configuration_that_asks_for_code_is_refused(key: str, file: str, fold
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
-@pytest.mark.parametrize(
-    "pickled", ["diffusion_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.fp16.bin"]
-)
+@pytest.mark.parametrize("pickled", ["diffusion_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.fp16.bin"])
 def test_a_folder_with_only_pickled_weights_is_refused(component: str, pickled: str, folder: Path) -> None:
     weights = next((folder / component).glob("*.safetensors"))
     torch.save({}, folder / component / pickled)
@@ -607,9 +595,7 @@ def test_an_inpainting_folder_is_refused(folder: Path) -> None:
         load_pipeline(folder)
 
 
-@pytest.mark.parametrize(
-    "lost", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"]
-)
+@pytest.mark.parametrize("lost", ["model_index.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"])
 def test_an_incomplete_folder_is_refused(lost: str, folder: Path) -> None:
     (folder / lost).unlink()
     with pytest.raises(ModelError):
@@ -617,9 +603,7 @@ def test_an_incomplete_folder_is_refused(lost: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_a_folder_that_lacks_one_weight_is_refused(
-    component: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_folder_that_lacks_one_weight_is_refused(component: str, folders: dict[str, Path], tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(folders["sdxl"], tmp_path / "model"))
     path = next((damaged / component).glob("*.safetensors"))
     state = load_file(path)
@@ -776,9 +760,7 @@ def test_half_precision_is_downloaded_where_every_part_has_it(half: bool, varian
     assert wanted == ["model_index.json", *(f"{name}.safetensors" for name in weights)]
 
 
-def test_a_preset_that_is_not_on_this_machine_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_preset_that_is_not_on_this_machine_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match="not on this machine"):
         load_pipeline("sdxl")
@@ -801,9 +783,7 @@ SDXL = {**SD15, "unet": 10_269_854_736, "text_encoder_2": 2_778_639_360}
         (SD15, 3.3 * GB, "model", True),
     ],
 )
-def test_a_gpu_holds_as_much_as_fits(
-    weights: dict[str, int], free: float, offload: str, tiling: bool
-) -> None:
+def test_a_gpu_holds_as_much_as_fits(weights: dict[str, int], free: float, offload: str, tiling: bool) -> None:
     placement = choose_placement(weights, int(free), "cuda", host_bytes=32 * GB)
     assert (placement.offload, placement.vae_tiling, placement.dtype) == (offload, tiling, torch.float16)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+
 from storydiffusion import panels
 from storydiffusion.attention import EVERYWHERE, PLANS, Plan
 from storydiffusion.errors import Cancelled, ImageError, OutOfMemoryError, PlanError
@@ -126,9 +127,7 @@ def test_a_painted_reference_changes_the_panel_made_from_it(ddim: Any) -> None:
 def test_only_the_masked_part_of_a_reference_is_looked_at(ddim: Any) -> None:
     mask = np.zeros((32, 32), np.uint8)
     mask[:16] = 255
-    everything, some = (
-        extend(ddim, story(1), [Reference("r", picture(1), mask=m)], SETTINGS)[0] for m in (None, mask)
-    )
+    everything, some = (extend(ddim, story(1), [Reference("r", picture(1), mask=m)], SETTINGS)[0] for m in (None, mask))
     assert not same(everything, some)
 
 
@@ -310,8 +309,17 @@ def test_references_are_the_first_that_share_a_character_whatever_else_is_made()
     assert [r.id for r in chosen] == ["b", "c"]
 
 
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler",
-                                  "DPMSolverMultistepScheduler", "LCMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "PNDMScheduler",
+        "DPMSolverMultistepScheduler",
+        "LCMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
 def test_other_schedulers_give_the_same_panel_alone_and_in_company(name: str) -> None:
     import diffusers
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from storydiffusion.errors import ImageError, StoryDiffusionError
 from storydiffusion.pictures import (
     contact_sheet,
@@ -56,7 +57,7 @@ def test_an_earlier_take_is_never_overwritten(tmp_path: Path) -> None:
 def test_what_is_not_a_picture_is_refused_with_a_remedy(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "p.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match="PNG|damaged"):
+    with pytest.raises(ImageError, match=r"PNG|damaged"):
         load_picture(path)
 
 

@@ -208,9 +208,7 @@ def test_a_plain_script_is_written_as_it_was_typed() -> None:
 
 
 def test_characters_are_described_one_a_line() -> None:
-    text = (
-        "# who is who\n[Mira] a rabbit in a striped dress\n\n  [Tom  Thumb]a small bear, wearing a top hat\n"
-    )
+    text = "# who is who\n[Mira] a rabbit in a striped dress\n\n  [Tom  Thumb]a small bear, wearing a top hat\n"
     assert parse_characters(text) == CAST
 
 
@@ -405,8 +403,7 @@ def test_a_story_file_with_a_script_is_read() -> None:
 
 def test_a_story_file_with_panel_tables_is_read() -> None:
     it = parse_story(
-        WHO
-        + '[[panels]]\nid = "home"\nprompt = "[Mira] #1 sits"\ncaption = "a\\nb"\nseed = 5\nlocked = true\n'
+        WHO + '[[panels]]\nid = "home"\nprompt = "[Mira] #1 sits"\ncaption = "a\\nb"\nseed = 5\nlocked = true\n'
         '[[panels]]\nprompt = "[NC] a forest"\n'
     )
     assert it.panels == (
@@ -517,9 +514,7 @@ def stories(draw: st.DrawFn) -> Story:
             st.builds(
                 Panel,
                 id=st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
-                prompt=st.tuples(who | st.just("[NC]"), free_text).map(
-                    lambda parts: f"{parts[0]} seen {parts[1]}"
-                ),
+                prompt=st.tuples(who | st.just("[NC]"), free_text).map(lambda parts: f"{parts[0]} seen {parts[1]}"),
                 caption=any_text,
                 seed=st.none() | st.integers(0, 2**63 - 1),
                 locked=st.booleans(),

@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,7 @@ class Plan:
         if self.weight <= 0 or self.reference_weight <= 0:
             raise PlanError("A plan's weights must be above 0.", "Use rate 0 to share nothing.")
         if not 0 <= self.reference_noise <= 1:
-            raise PlanError(
-                f"reference_noise is {self.reference_noise}.", "Give a number between 0 and 1."
-            )
+            raise PlanError(f"reference_noise is {self.reference_noise}.", "Give a number between 0 and 1.")
 
     def covers(self, module_name: str, progress: float) -> bool:
         """Whether the plan holds at this layer, `progress` (0 to 1) into the schedule."""
@@ -262,12 +260,12 @@ def _bias(
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """(halves, group, tokens, channels) -> (halves * group, heads, tokens, channels / heads)."""
-    return x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return cast("Tensor", x.flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2))
 
 
 def _join_heads(x: Tensor, halves: int) -> Tensor:
     """(halves * group, heads, tokens, d) -> (halves, group, tokens, heads * d)."""
-    return x.transpose(1, 2).flatten(2).unflatten(0, (halves, -1))
+    return cast("Tensor", x.transpose(1, 2).flatten(2).unflatten(0, (halves, -1)))
 
 
 def literal_attention(
@@ -394,8 +392,7 @@ class ConsistentSelfAttention:
             samples += [one.sample for one in bank.values()]
             weights += [self.plan.reference_weight] * len(bank)
             sources = tuple(
-                (*row, *(at[name] for name in names))
-                for row, names in zip(sources, layout.remembered, strict=True)
+                (*row, *(at[name] for name in names)) for row, names in zip(sources, layout.remembered, strict=True)
             )
         return self.attend(query, keys, values, heads, sources, samples, weights, self.chunk)
 

@@ -310,9 +310,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         ) from error
     _quiet_libraries()
     rows = args.rows.split(",") if args.rows else None
-    evaluate_consistency(
-        stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model
-    )
+    evaluate_consistency(stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model)
 
 
 def run_models(args: argparse.Namespace) -> None:

@@ -71,9 +71,7 @@ def stack(conditionings: Sequence[Conditioning]) -> tuple[Tensor, Tensor | None,
     how long its neighbours' prompts are.
     """
     longest = max(len(c.embeds) for c in conditionings)
-    embeds = torch.stack(
-        [torch.nn.functional.pad(c.embeds, (0, 0, 0, longest - len(c.embeds))) for c in conditionings]
-    )
+    embeds = torch.stack([torch.nn.functional.pad(c.embeds, (0, 0, 0, longest - len(c.embeds))) for c in conditionings])
     mask = None
     if any(len(c.embeds) != longest for c in conditionings):
         mask = torch.stack([torch.arange(longest) < len(c.embeds) for c in conditionings])

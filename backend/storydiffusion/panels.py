@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -145,6 +146,7 @@ def check(pipe: Any, targets: Sequence[Target], settings: Settings) -> None:
         raise PlanError("No panels were asked for.", "Name at least one.")
     multiple = grid_multiple(pipe)
     if settings.width % multiple or settings.height % multiple or min(settings.width, settings.height) < multiple:
+
         def near(side: int) -> int:
             return max(multiple, round(side / multiple) * multiple)
 
@@ -216,9 +218,7 @@ def picture_noise(pipe: Any, settings: Settings, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float32)
 
 
-def _prepare(
-    pipe: Any, targets: Sequence[Target], references: Sequence[Reference], settings: Settings
-) -> _Run:
+def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Reference], settings: Settings) -> _Run:
     check(pipe, targets, settings)
     device = pipe.unet.device
     pipe.scheduler.set_timesteps(settings.num_inference_steps, device=device)
@@ -230,7 +230,7 @@ def _prepare(
             cache[text] = encode_prompt(pipe, text)
         return cache[text]
 
-    everything = [*targets, *references]
+    everything: list[Target | Reference] = [*targets, *references]
     noise = torch.cat([picture_noise(pipe, settings, t.seed) for t in targets]).to(device)
     start, masks, first = torch.zeros_like(noise), torch.ones_like(noise[:, :1]), []
     for i, target in enumerate(targets):
@@ -240,9 +240,7 @@ def _prepare(
             start[i] = encode_image(pipe, target.image, settings.width, settings.height)[0]
         if target.mask is not None:
             masks[i, 0] = latent_mask(target.mask, (noise.shape[2], noise.shape[3]))
-    replayed = [
-        picture_noise(pipe, settings, stable_seed(settings.seed, r.id, "replay")) for r in references
-    ]
+    replayed = [picture_noise(pipe, settings, stable_seed(settings.seed, r.id, "replay")) for r in references]
     encoded = [encode_image(pipe, r.image, settings.width, settings.height) for r in references]
     return _Run(
         pipe=pipe,
@@ -259,9 +257,7 @@ def _prepare(
         reference_latents=torch.cat(encoded) if encoded else noise[:0],
         reference_noise=torch.cat(replayed).to(device) if replayed else noise[:0],
         reference_tokens={
-            r.id: latent_mask(r.mask, (noise.shape[2], noise.shape[3])) > 0
-            for r in references
-            if r.mask is not None
+            r.id: latent_mask(r.mask, (noise.shape[2], noise.shape[3])) > 0 for r in references if r.mask is not None
         },
     )
 
@@ -279,10 +275,9 @@ def _unet(run: _Run, model_input: Tensor, timestep: Tensor, rows: Sequence[int],
             "text_embeds": pooled,
             "time_ids": torch.tensor([ids] * len(batch), device=embeds.device, dtype=embeds.dtype),
         }
-    predicted = pipe.unet(
-        batch.to(pipe.unet.dtype), timestep, embeds, encoder_attention_mask=mask, **extra
-    ).sample
-    return predicted.float().unflatten(0, (len(halves), len(rows)))
+    predicted = pipe.unet(batch.to(pipe.unet.dtype), timestep, embeds, encoder_attention_mask=mask, **extra).sample
+    by_half: Tensor = predicted.float().unflatten(0, (len(halves), len(rows)))
+    return by_half
 
 
 def _calls(count: int, way: Way, settings: Settings) -> list[list[int]]:
@@ -292,7 +287,7 @@ def _calls(count: int, way: Way, settings: Settings) -> list[list[int]]:
     if way == "window":
         w = min(settings.window, count)
         stride = max(1, w // 2)
-        starts = list(range(0, count - w, stride)) + [count - w]
+        starts = [*range(0, count - w, stride), count - w]
         return [list(range(s, s + w)) for s in starts]
     return [list(range(i, min(i + settings.chunk, count))) for i in range(0, count, settings.chunk)]
 
@@ -322,9 +317,7 @@ def _name(reference: Reference) -> str:
     return f"reference:{reference.id}"
 
 
-def _replay(
-    run: _Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int]
-) -> None:
+def _replay(run: _Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int]) -> None:
     """Run the references, noised to this step, so that the layers remember their features."""
     at = (timestep * consistency.plan.reference_noise).round().long()
     noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
@@ -339,7 +332,8 @@ def variance_preserving(scheduler: Any, latents: Tensor, noise: Tensor, timestep
     """sqrt(abar_t) x + sqrt(1 - abar_t) noise: what the U-Net of any such scheduler sees at `timestep`,
     which need not be one of the schedule's."""
     abar = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[timestep]
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    noised: Tensor = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    return noised
 
 
 def _predict(
@@ -382,7 +376,7 @@ def _predict(
         axes = (1, 2, 3)
         rescaled = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
         guided = torch.lerp(guided, rescaled, run.settings.guidance_rescale)
-    return guided
+    return cast("Tensor", guided)
 
 
 def _stop_if(cancel: Cancel) -> None:
@@ -421,7 +415,7 @@ def denoise(
     ids = tuple(t.id for t in targets)
     with _attached(consistency, pipe.unet):
         if callback:
-            callback(Progress(0, len(timesteps) - begin, ids, lambda: preview(latents)))
+            callback(Progress(0, len(timesteps) - begin, ids, partial(preview, latents)))
         for step, timestep in enumerate(timesteps):
             if step < begin:
                 continue
@@ -440,16 +434,13 @@ def denoise(
                     kept = run.start[i : i + 1] if following is None else _noised(run, i, following)
                     latents[i : i + 1] = torch.lerp(kept, latents[i : i + 1], run.masks[i : i + 1])
             if callback:
-                now = latents
-                callback(Progress(step + 1 - begin, len(timesteps) - begin, ids, lambda: preview(now)))
-    return latents
+                callback(Progress(step + 1 - begin, len(timesteps) - begin, ids, partial(preview, latents)))
+    return cast("Tensor", latents)
 
 
 def _noised(run: _Run, i: int, timestep: Tensor) -> Tensor:
     """A target's given picture at `timestep`, with the target's own noise."""
-    noised: Tensor = run.pipe.scheduler.add_noise(
-        run.start[i : i + 1], run.noise[i : i + 1], timestep.reshape(1)
-    )
+    noised: Tensor = run.pipe.scheduler.add_noise(run.start[i : i + 1], run.noise[i : i + 1], timestep.reshape(1))
     return noised
 
 
@@ -485,7 +476,8 @@ class LatentPreview:
         latents = encode_image(self.pipe, large, 16 * factor, 16 * factor)[0].float().cpu()
         x = torch.cat([latents.flatten(1).T, torch.ones(256, 1)], 1)
         ridge = 1e-3 * torch.eye(x.shape[1])
-        return torch.linalg.solve(x.T @ x + ridge, x.T @ colors.view(-1, 3))
+        solved: Tensor = torch.linalg.solve(x.T @ x + ridge, x.T @ colors.view(-1, 3))
+        return solved
 
     def __call__(self, latents: Tensor) -> list[Picture]:
         if self.map is None:
@@ -533,7 +525,11 @@ def make(
         f"{len(targets)} panels of {settings.width} x {settings.height} do not fit in memory, even in "
         "the smallest chunks.",
         f"Try {smaller[0]} x {smaller[1]}"
-        + (f", or a window of {max(2, min(len(targets), settings.window) // 2)} panels." if way != "extend" and len(targets) > 2 else "."),
+        + (
+            f", or a window of {max(2, min(len(targets), settings.window) // 2)} panels."
+            if way != "extend" and len(targets) > 2
+            else "."
+        ),
     )
 
 
@@ -568,9 +564,7 @@ def _keep_outside(target: Target, made: Picture, settings: Settings) -> Picture:
     return np.asarray((given * (1 - share) + made * share).round(), np.uint8)
 
 
-def choose_references(
-    target: Target, candidates: Sequence[Reference], limit: int = 2
-) -> list[Reference]:
+def choose_references(target: Target, candidates: Sequence[Reference], limit: int = 2) -> list[Reference]:
     """The first `limit` candidates that share a character with `target`, in story order: always the
     same ones, so that a panel made again is the same picture."""
     return [r for r in candidates if shares(target.characters, r.characters)][:limit]

@@ -76,9 +76,7 @@ def _open(path: Path) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ImageError(f"{path} is not a PNG, JPEG or WebP picture.", "Export it as PNG.") from error
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"{path} has {image.width} x {image.height} pixels.", "Scale it to at most 64 megapixels."
-        )
+        raise ImageError(f"{path} has {image.width} x {image.height} pixels.", "Scale it to at most 64 megapixels.")
     return image
 
 
@@ -108,7 +106,7 @@ def embedded_text(path: Path) -> dict[str, str]:
     """The text chunks of a PNG that this project wrote."""
     image = _open(path)
     image.load()
-    return {key: str(value) for key, value in image.info.items() if key.startswith("storydiffusion:")}
+    return {str(key): str(value) for key, value in image.info.items() if str(key).startswith("storydiffusion:")}
 
 
 def contact_sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: int = 0) -> Picture:

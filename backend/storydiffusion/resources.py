@@ -19,6 +19,4 @@ def resources() -> Path:
     for folder in (here / "resources", here.parents[1] / "resources"):
         if folder.is_dir():
             return folder
-    raise StoryDiffusionError(
-        f"The resources that belong to {here} are missing.", "Install the package again."
-    )
+    raise StoryDiffusionError(f"The resources that belong to {here} are missing.", "Install the package again.")

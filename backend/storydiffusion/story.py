@@ -199,14 +199,10 @@ def characters_in(panel: Panel, known: Sequence[Character]) -> tuple[str, ...]:
         )
     tags = [" ".join(tag.split()) for tag in TAG.findall(prompt)]
     if "" in tags:
-        raise StoryError(
-            f"The square brackets in {shown} hold no name.", f"Write a name in them, or [{NOBODY}].", line
-        )
+        raise StoryError(f"The square brackets in {shown} hold no name.", f"Write a name in them, or [{NOBODY}].", line)
     if not _says_something(rest):
         raise StoryError(
-            f"{shown} says who is in the panel but not what is to be seen."
-            if tags
-            else "The panel is empty.",
+            f"{shown} says who is in the panel but not what is to be seen." if tags else "The panel is empty.",
             f"Write what happens, as in “[{_example(known)}] walks in the forest”.",
             line,
         )
@@ -423,9 +419,7 @@ def _read_characters(table: Mapping[str, Any], toml_text: str) -> tuple[Characte
     return tuple(character for character, _ in found)
 
 
-def _read_panels(
-    table: Mapping[str, Any], toml_text: str, characters: Sequence[Character]
-) -> tuple[Panel, ...]:
+def _read_panels(table: Mapping[str, Any], toml_text: str, characters: Sequence[Character]) -> tuple[Panel, ...]:
     if "script" in table and "panels" in table:
         raise StoryError(
             "The story has both a script and [[panels]].",
@@ -490,9 +484,7 @@ def _tables(table: Mapping[str, Any], key: str, toml_text: str) -> list[tuple[di
             _line_of_key(toml_text, key),
         )
     headers = [
-        number
-        for number, line in enumerate(_lines(toml_text), start=1)
-        if re.match(rf"\[\[\s*{key}\s*\]\]", line)
+        number for number, line in enumerate(_lines(toml_text), start=1) if re.match(rf"\[\[\s*{key}\s*\]\]", line)
     ]
     return list(zip(entries, headers if len(headers) == len(entries) else [0] * len(entries), strict=True))
 
@@ -530,9 +522,7 @@ def _check_characters(characters: Iterable[tuple[Character, int]]) -> None:
                 line,
             )
         if _key(name) in seen:
-            raise StoryError(
-                f"Two characters are called “{seen[_key(name)]}”.", "Give one of them another name.", line
-            )
+            raise StoryError(f"Two characters are called “{seen[_key(name)]}”.", "Give one of them another name.", line)
         if not _says_something(character.description):
             raise StoryError(
                 f"“{name}” has no description.",
@@ -552,9 +542,7 @@ def _check_panels(panels: Iterable[Panel]) -> None:
                 panel.line,
             )
         if panel.id in seen:
-            raise StoryError(
-                f"Two panels have the id “{panel.id}”.", "Give one of them another id.", panel.line
-            )
+            raise StoryError(f"Two panels have the id “{panel.id}”.", "Give one of them another id.", panel.line)
         low, high = LIMITS["seed"]
         if panel.seed is not None and not low <= panel.seed <= high:
             raise StoryError(
@@ -582,18 +570,14 @@ def _check_key(key: str, known: Sequence[str], where: str, line: int) -> None:
 KIND_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _value(
-    table: Mapping[str, Any], key: str, kind: type[T], default: D, line: int, where: str = "The story"
-) -> T | D:
+def _value(table: Mapping[str, Any], key: str, kind: type[T], default: D, line: int, where: str = "The story") -> T | D:
     value = table.get(key)
     if value is None:
         return default
     if type(value) is int and kind is float:
         return value  # type: ignore[return-value]  # PEP 484's numeric tower
     if type(value) is not kind:
-        raise StoryError(
-            f"{where}: “{key}” has to be {KIND_NAMES[kind]}.", f"Correct the value of “{key}”.", line
-        )
+        raise StoryError(f"{where}: “{key}” has to be {KIND_NAMES[kind]}.", f"Correct the value of “{key}”.", line)
     return value
 
 

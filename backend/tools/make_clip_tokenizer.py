@@ -50,9 +50,7 @@ def byte_alphabet() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", type=Path, help=f"{LIST}, or a wheel that carries it")
     parser.add_argument("-o", "--out", type=Path, default=OUT)
     arguments = parser.parse_args()

@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     # the last convolution before the probe narrows, ahead of its ReLU: signed, richer
-    layers = load_probe().features[:6]
-    layers[5] = layers[5][:2]
+    features = list(load_probe().features)
+    layers = nn.Sequential(*features[:5], *list(features[5].children())[:2])
     for number, shard in enumerate(open_shards(args.data)):
         path = features_path(args.data, number)
         rows = []

@@ -114,7 +114,8 @@ class Heads(nn.Module):
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, pooled: Tensor) -> Sequence[Tensor]:
-        return self.linear(pooled).split(self.sizes, dim=-1)
+        split: Sequence[Tensor] = self.linear(pooled).split(self.sizes, dim=-1)
+        return split
 
 
 def slot_loss(logits: Sequence[Tensor], truth: Tensor, *, masked: bool) -> tuple[Tensor, float]:
@@ -201,9 +202,7 @@ def train_text(args: argparse.Namespace) -> None:
 def image_processor() -> CLIPImageProcessor:
     half = [0.5, 0.5, 0.5]
     size = {"height": VISION_SIZE, "width": VISION_SIZE}
-    return CLIPImageProcessor(
-        size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half
-    )
+    return CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half)
 
 
 def train_vision(args: argparse.Namespace) -> None:
@@ -230,7 +229,7 @@ def train_vision(args: argparse.Namespace) -> None:
             "vision": vision,
             "heads": Heads(WIDTH),
             "text_projection": nn.Linear(WIDTH, PROJECTION, bias=False),
-            "logit_scale": nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.66))}),
+            "logit_scale": nn.ParameterList([nn.Parameter(torch.tensor(2.66))]),
         }
     )
     optimizer = torch.optim.AdamW(modules.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
@@ -252,7 +251,7 @@ def train_vision(args: argparse.Namespace) -> None:
         logits, right = slot_loss(modules["heads"](pooled), torch.tensor([image_truth(s) for s in scenes]), masked=True)
         a = F.normalize(seen.image_embeds, dim=-1)
         b = F.normalize(modules["text_projection"](pooled_text), dim=-1)
-        similarity = modules["logit_scale"]["log"].clamp(max=4.6).exp() * a @ b.T
+        similarity = next(modules["logit_scale"].parameters()).clamp(max=4.6).exp() * a @ b.T
         target = torch.arange(len(scenes))
         contrast = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
         loss = logits + 0.5 * contrast
@@ -269,7 +268,10 @@ def train_vision(args: argparse.Namespace) -> None:
     vision.half().save_pretrained(args.out / "image_encoder")
     image_processor().save_pretrained(args.out / "feature_extractor")
     state = {k: v.half() for k, v in modules["text_projection"].state_dict().items()}
-    save_tensors({"text_projection." + k: v for k, v in state.items()}, args.out / "image_encoder" / "clip_text_projection.safetensors")
+    save_tensors(
+        {"text_projection." + k: v for k, v in state.items()},
+        args.out / "image_encoder" / "clip_text_projection.safetensors",
+    )
     run.log(step, finished=1.0)
 
 

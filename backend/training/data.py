@@ -49,7 +49,7 @@ def draw_shard(folder: Path, number: int) -> None:
 
 def open_shards(folder: Path) -> list[NDArray[np.uint8]]:
     """All shards drawn so far, memory-mapped, in order."""
-    shards = []
+    shards: list[NDArray[np.uint8]] = []
     while (path := shard_path(folder, len(shards))).exists():
         shards.append(np.load(path, mmap_mode="r"))
     if not shards:
@@ -67,7 +67,8 @@ class Pictures:
         return len(self.shards) * SHARD
 
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return self.shards[index // SHARD][index % SHARD]
+        picture: NDArray[np.uint8] = self.shards[index // SHARD][index % SHARD]
+        return picture
 
 
 def main() -> None:

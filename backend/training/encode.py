@@ -93,9 +93,7 @@ def main() -> None:
     code = fit_code(pictures)
     code.save(args.data / "code.safetensors")
     for number, shard in enumerate(pictures.shards):
-        codes = np.concatenate(
-            [code.encode(to_tensor(shard[i : i + 50])).half().numpy() for i in range(0, SHARD, 50)]
-        )
+        codes = np.concatenate([code.encode(to_tensor(shard[i : i + 50])).half().numpy() for i in range(0, SHARD, 50)])
         path = latents_path(args.data, number)
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, codes)

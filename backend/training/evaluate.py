@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import psutil
 from numpy.typing import NDArray
+from tqdm import tqdm
+
 from storydiffusion.attention import DECODER, EVERYWHERE, PLANS, Plan, stable_seed
 from storydiffusion.panels import (
     Reference,
@@ -37,8 +39,6 @@ from storydiffusion.panels import (
     make,
 )
 from storydiffusion.pictures import contact_sheet, png_bytes, write_atomically
-from tqdm import tqdm
-
 from training import captions, world
 from training.common import MODEL
 from training.probe import load_probe, read
@@ -191,8 +191,7 @@ def score(stories: Sequence[EvalStory], seen: Sequence[Sequence[dict[str, str]]]
             for name, value in truth.items():
                 right[name].append(panel[name] == value)
         differ += [
-            (a["action"], a["position"]) != (b["action"], b["position"])
-            for a, b in itertools.combinations(panels, 2)
+            (a["action"], a["position"]) != (b["action"], b["position"]) for a, b in itertools.combinations(panels, 2)
         ]
     agreement = {name: float(np.mean(agree[name])) for name in world.CHARACTER_ATTRIBUTES if agree[name]}
     fidelity = {name: float(np.mean(right[name])) for name in world.ATTRIBUTES if right[name]}
@@ -225,7 +224,12 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def measure_row(
-    name: str, how: Maker, pipe: Any, probe: Any, stories: Sequence[EvalStory], settings: Settings,
+    name: str,
+    how: Maker,
+    pipe: Any,
+    probe: Any,
+    stories: Sequence[EvalStory],
+    settings: Settings,
     pictures_folder: Path | None,
 ) -> Row:
     seen, panels, seconds = [], 0, 0.0
@@ -249,7 +253,7 @@ def paint_clothes(picture: Picture, drawn: world.Scene, color: str) -> Picture:
     """`picture` of a drawn scene with the clothes recoloured by hand: its mask filled, shading kept."""
     mask = world.part_mask(drawn, "clothes")
     rgb = np.array(list(bytes.fromhex(world.COLORS[color][1:])), np.uint8)
-    painted = picture.copy()
+    painted: Picture = picture.copy()
     painted[mask] = rgb
     return painted
 
@@ -342,6 +346,4 @@ def story_settings() -> Settings:
     from storydiffusion.models import load_catalogue
 
     preset = load_catalogue()["storyworld"]
-    return Settings(
-        num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale, guidance_rescale=0.5
-    )
+    return Settings(num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale, guidance_rescale=0.5)

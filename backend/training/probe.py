@@ -39,8 +39,14 @@ class Probe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _block(3, 32, 2), _block(32, 48, 2), _block(48, 96, 2), _block(96, 96, 1), _block(96, 160, 2),
-            _block(160, 160, 1), nn.Conv2d(160, 48, 1), nn.Flatten(),
+            _block(3, 32, 2),
+            _block(32, 48, 2),
+            _block(48, 96, 2),
+            _block(96, 96, 1),
+            _block(96, 160, 2),
+            _block(160, 160, 1),
+            nn.Conv2d(160, 48, 1),
+            nn.Flatten(),
         )
         self.hidden = nn.Sequential(nn.Linear(48 * 64, 320), nn.BatchNorm1d(320), nn.ReLU(), nn.Dropout(0.1))
         self.sizes = [len(values) for values in world.ATTRIBUTES.values()]

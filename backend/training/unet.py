@@ -143,7 +143,9 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).eval()
     text.requires_grad_(False)
-    unet = UNet2DConditionModel.from_pretrained(args.start_from, torch_dtype=torch.float32) if args.start_from else build()
+    unet = (
+        UNet2DConditionModel.from_pretrained(args.start_from, torch_dtype=torch.float32) if args.start_from else build()
+    )
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters", flush=True)
     aligned = Alignment(unet.config.block_out_channels[-1])
     middle: list[Tensor] = []
@@ -219,7 +221,13 @@ def train(args: argparse.Namespace) -> None:
         losses.append(loss.item())
         step += 1
         if step % 50 == 0:
-            run.log(step, loss=float(np.mean(losses)), alignment=agreement.item(), lr=optimizer.param_groups[0]["lr"], done=done)
+            run.log(
+                step,
+                loss=float(np.mean(losses)),
+                alignment=agreement.item(),
+                lr=optimizer.param_groups[0]["lr"],
+                done=done,
+            )
             losses.clear()
         if budget.spent - last_save > 5:
             save()

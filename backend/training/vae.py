@@ -51,7 +51,8 @@ def build() -> AutoencoderKL:
                 nn.init.zeros_(module.weight)
             elif not name.endswith("conv1"):
                 nn.init.normal_(module.weight, std=0.01)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return vae
 
 
@@ -93,6 +94,7 @@ def _fit_conv(conv: nn.Conv2d, x: Tensor, y: Tensor, rng: torch.Generator, rows:
     w, b = regress(windows[pick], _rows(y)[pick], 1e-4)
     channels = x.shape[1]
     conv.weight[: y.shape[1], :channels] = w.T.view(-1, channels, 3, 3)
+    assert conv.bias is not None
     conv.bias[: y.shape[1]] = b
     return F.conv2d(F.pad(x, (1, 1, 1, 1)), conv.weight[: y.shape[1], :channels], b)
 
@@ -251,7 +253,15 @@ def train(args: argparse.Namespace) -> None:
         step += 1
         if step % 400 == 0:
             saved = [part.state_dict() for part, _ in optimizer.parts]
-            run.save({"model": decoder.state_dict(), "ema": ema.shadow, "optimizer": saved, "step": step, "spent": budget.spent})
+            run.save(
+                {
+                    "model": decoder.state_dict(),
+                    "ema": ema.shadow,
+                    "optimizer": saved,
+                    "step": step,
+                    "spent": budget.spent,
+                }
+            )
     decoder.load_state_dict(ema.shadow)
     vae.eval()
     with torch.no_grad():

@@ -160,9 +160,7 @@ def sample_character(rng: random.Random, **fixed: str) -> Character:
     return Character(**{**drawn, **fixed})
 
 
-def _figure(
-    rng: random.Random, who: Character, x: float, scale: float, y: float = 236.0, action: str = ""
-) -> Figure:
+def _figure(rng: random.Random, who: Character, x: float, scale: float, y: float = 236.0, action: str = "") -> Figure:
     return Figure(
         who,
         action or rng.choice(ACTIONS),
@@ -231,10 +229,7 @@ def sample_scene(rng: random.Random, layout: str = "") -> Scene:
         figures = [here, there]
     elif layout == "sheet":
         actions = rng.sample(ACTIONS, 3)
-        figures = [
-            _figure(rng, who, x, 0.66, 214, action)
-            for x, action in zip((50, 128, 206), actions, strict=True)
-        ]
+        figures = [_figure(rng, who, x, 0.66, 214, action) for x, action in zip((50, 128, 206), actions, strict=True)]
     else:
         assert layout == "strip", layout
         places = rng.sample(PLACES, 4)
@@ -342,22 +337,21 @@ def _ears(who: Character, p: Paint) -> str:
     both: Callable[[Callable[[int], str]], str] = lambda draw: draw(-1) + draw(1)
     if who.kind == "rabbit":
         return both(
-            lambda s: _ellipse(s * 27, -196, 12, 38, f, s * 14)
-            + _ellipse(s * 27, -194, 5.5, 27, inner, s * 14)
+            lambda s: _ellipse(s * 27, -196, 12, 38, f, s * 14) + _ellipse(s * 27, -194, 5.5, 27, inner, s * 14)
         )
     if who.kind == "cat":
         return both(
-            lambda s: _path(f"M{s * 12} -172 L{s * 46} -203 L{s * 48} -146 Z", f)
-            + _path(f"M{s * 24} -170 L{s * 42} -190 L{s * 43} -158 Z", inner)
+            lambda s: (
+                _path(f"M{s * 12} -172 L{s * 46} -203 L{s * 48} -146 Z", f)
+                + _path(f"M{s * 24} -170 L{s * 42} -190 L{s * 43} -158 Z", inner)
+            )
         )
     if who.kind == "bear":
         return both(lambda s: _ellipse(s * 38, -171, 18, 18, f) + _ellipse(s * 38, -171, 9, 9, inner))
     if who.kind == "frog":
         return both(lambda s: _ellipse(s * 26, -172, 18, 18, f))
     if who.kind == "elephant":
-        return both(
-            lambda s: _ellipse(s * 56, -138, 27, 33, f) + _ellipse(s * 57, -137, 17, 22, inner)
-        )
+        return both(lambda s: _ellipse(s * 56, -138, 27, 33, f) + _ellipse(s * 57, -137, 17, 22, inner))
     return _path("M-3 -176 Q-12 -198 2 -200 M3 -176 Q8 -196 16 -196", p.line("fur", p.dark, 6))
 
 
@@ -377,9 +371,7 @@ def _head(who: Character, p: Paint) -> str:
     dark = p.flat("other", "#241a26")
     light = p.flat("other", p.light)
     smile = p.line("other", OUTLINE, 3)
-    blush = "".join(
-        _ellipse(s * 33, -117, 8, 5, p.flat("other", "#f2788a") + ' opacity=".55"') for s in (-1, 1)
-    )
+    blush = "".join(_ellipse(s * 33, -117, 8, 5, p.flat("other", "#f2788a") + ' opacity=".55"') for s in (-1, 1))
     if who.kind == "elephant":
         trunk = "M0 -124 Q2 -96 16 -92 Q26 -90 28 -99"
         return (
@@ -451,8 +443,7 @@ def _hat(who: Character, p: Paint) -> str:
     if who.hat == "top hat":
         return (
             f'<rect x="-25" y="-226" width="50" height="54" rx="4" {f}/>'
-            f'<rect x="-24" y="-189" width="48" height="10" {trim}/>'
-            + _ellipse(0, -172, 43, 8.5, f)
+            f'<rect x="-24" y="-189" width="48" height="10" {trim}/>' + _ellipse(0, -172, 43, 8.5, f)
         )
     if who.hat == "party hat":
         return (
@@ -462,10 +453,7 @@ def _hat(who: Character, p: Paint) -> str:
         )
     if who.hat == "crown":
         jewels = "".join(_ellipse(x, -175, 4, 4, p.flat("other", "#fffaf0")) for x in (-20, 0, 20))
-        return (
-            _path("M-36 -166 L-40 -208 L-19 -188 L0 -214 L19 -188 L40 -208 L36 -166 Q0 -158 -36 -166Z", f)
-            + jewels
-        )
+        return _path("M-36 -166 L-40 -208 L-19 -188 L0 -214 L19 -188 L40 -208 L36 -166 Q0 -158 -36 -166Z", f) + jewels
     if who.hat == "beanie":
         return (
             _path("M-42 -158 Q-42 -205 0 -206 Q42 -205 42 -158Z", f)
@@ -547,9 +535,7 @@ def figure_svg(figure: Figure, paint: Paint) -> str:
         )
     book = ""
     if figure.action == "reading":
-        book = _path(
-            "M0 -64 L-30 -74 V-44 L0 -34 L30 -44 V-74 Z M0 -64 V-34", p.fill("other", "#fff3d0")
-        )
+        book = _path("M0 -64 L-30 -74 V-44 L0 -34 L30 -44 V-74 Z M0 -64 V-34", p.fill("other", "#fff3d0"))
     over = left[1] < -80  # raised arms lie behind the head, lowered ones before the body
     arms_back = (arm(-1, left) if over else "") + (arm(1, right) if right[1] < -80 else "")
     arms_front = ("" if over else arm(-1, left)) + ("" if right[1] < -80 else arm(1, right))
@@ -574,7 +560,10 @@ def figure_svg(figure: Figure, paint: Paint) -> str:
 
 def _shadow(figure: Figure) -> str:
     return _ellipse(
-        round(figure.x, 2), round(figure.y - 2, 2), round(44 * figure.scale, 2), round(9 * figure.scale, 2),
+        round(figure.x, 2),
+        round(figure.y - 2, 2),
+        round(44 * figure.scale, 2),
+        round(9 * figure.scale, 2),
         'fill="#1a1030" opacity=".28"',
     )
 
@@ -631,7 +620,9 @@ def _sky(cell: Cell, rng: random.Random, w: float, h: float) -> str:
         x, y = (i + rng.uniform(0.2, 0.8)) * w / spots, rng.uniform(18, 50)
         r = rng.uniform(13, 19) * (1.25 if cell.weather == "rain" else 1)
         sky += "".join(
-            _ellipse(round(x + dx * r, 1), round(y + dy * r, 1), round(r * k, 1), round(r * k * 0.72, 1), f'fill="{cloud}"')
+            _ellipse(
+                round(x + dx * r, 1), round(y + dy * r, 1), round(r * k, 1), round(r * k * 0.72, 1), f'fill="{cloud}"'
+            )
             for dx, dy, k in ((-1, 0.15, 0.8), (0, -0.2, 1.0), (1, 0.15, 0.85))
         )
     return sky
@@ -646,10 +637,14 @@ def _ground(y: float, w: float, h: float, color: str) -> str:
 
 
 def _outdoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
+    x: float
+    top: float
+    r: float
+    k: float
     c = _Brush(cell)
     g = h * 0.68  # the horizon
     snowy = cell.weather == "snow"
-    jitter = lambda a: rng.uniform(-a, a)  # noqa: E731
+    jitter = lambda a: rng.uniform(-a, a)
     out = ""
     if cell.place == "forest":
         out = _hill(g - 6, 16, w, h, c("#2f7a48"))
@@ -659,17 +654,28 @@ def _outdoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
             leaf = c(mix("#1f6b3c", "#3b9a4c", rng.random()))
             out += f'<rect x="{x - 6:.0f}" y="{t - 40:.0f}" width="12" height="44" fill="{c("#6e4528")}"/>'
             for k, r in ((0, 30), (24, 25), (46, 18)):
-                out += _path(f"M{x - r:.0f} {t - 32 - k:.0f} L{x:.0f} {t - 86 - k:.0f} L{x + r:.0f} {t - 32 - k:.0f}Z", f'fill="{leaf}"')
+                out += _path(
+                    f"M{x - r:.0f} {t - 32 - k:.0f} L{x:.0f} {t - 86 - k:.0f} L{x + r:.0f} {t - 32 - k:.0f}Z",
+                    f'fill="{leaf}"',
+                )
         out += _ground(g + 12, w, h, c("#4f9a4a"))
     elif cell.place == "beach":
         out = f'<rect y="{g - 44}" width="{w}" height="70" fill="{c("#2396c4")}"/>'
         for i in range(3):
-            out += _path(f"M0 {g - 32 + i * 15} " + "q10 -6 20 0 t20 0 " * 8, f'fill="none" stroke="{c("#9fe0ee")}" stroke-width="3"')
+            out += _path(
+                f"M0 {g - 32 + i * 15} " + "q10 -6 20 0 t20 0 " * 8,
+                f'fill="none" stroke="{c("#9fe0ee")}" stroke-width="3"',
+            )
         out += _path(f"M0 {h} V{g + 6} Q{w / 2} {g + 20} {w} {g + 2} V{h}Z", f'fill="{c("#f4d58c")}"')
         x = rng.choice((0.12, 0.88)) * w
-        out += _path(f"M{x} {g + 24} Q{x + 8} {g - 40} {x - 2} {g - 84}", f'fill="none" stroke="{c("#8a5a32")}" stroke-width="9"')
+        out += _path(
+            f"M{x} {g + 24} Q{x + 8} {g - 40} {x - 2} {g - 84}", f'fill="none" stroke="{c("#8a5a32")}" stroke-width="9"'
+        )
         for dx, dy in ((-40, 8), (-26, -22), (14, -28), (40, 2)):
-            out += _path(f"M{x - 2} {g - 84} Q{x + dx * 0.5} {g - 100 + dy * 0.4} {x + dx} {g - 78 + dy}", f'fill="none" stroke="{c("#2f9a50")}" stroke-width="9" stroke-linecap="round"')
+            out += _path(
+                f"M{x - 2} {g - 84} Q{x + dx * 0.5} {g - 100 + dy * 0.4} {x + dx} {g - 78 + dy}",
+                f'fill="none" stroke="{c("#2f9a50")}" stroke-width="9" stroke-linecap="round"',
+            )
     elif cell.place == "city":
         n = max(3, round(w / 42))
         lit = "#ffe27a" if cell.time != "day" else "#cfe6f5"
@@ -678,7 +684,9 @@ def _outdoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
             out += f'<rect x="{x:.0f}" y="{top:.0f}" width="{w / n - 3:.0f}" height="{h}" fill="{c(rng.choice(("#8d93a8", "#a4796c", "#6f86a6", "#b09a7a")))}"/>'
             for wy in range(int(top) + 9, int(g) - 4, 19):
                 for wx in (0.18, 0.58):
-                    out += f'<rect x="{x + wx * w / n:.0f}" y="{wy}" width="{w / n * 0.22:.0f}" height="10" fill="{lit}"/>'
+                    out += (
+                        f'<rect x="{x + wx * w / n:.0f}" y="{wy}" width="{w / n * 0.22:.0f}" height="10" fill="{lit}"/>'
+                    )
         out += _ground(g, w, h, c("#b8b6b8")) + _ground(g + 16, w, h, c("#5e6068"))
         out += _path(f"M0 {g + 46} H{w}", 'fill="none" stroke="#e8e0c8" stroke-width="4" stroke-dasharray="20 16"')
     elif cell.place == "mountains":
@@ -697,12 +705,17 @@ def _outdoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
         for fx in (rng.uniform(0.06, 0.2), rng.uniform(0.8, 0.94)):
             x, y = fx * w, g + 14 + jitter(5)
             d = f"M{x:.0f} {y:.0f} V{y - 62:.0f} M{x:.0f} {y - 22:.0f} H{x - 16:.0f} V{y - 42:.0f} M{x:.0f} {y - 32:.0f} H{x + 16:.0f} V{y - 54:.0f}"
-            out += _path(d, f'fill="none" stroke="{c("#3d8a52")}" stroke-width="11" stroke-linecap="round" stroke-linejoin="round"')
+            out += _path(
+                d,
+                f'fill="none" stroke="{c("#3d8a52")}" stroke-width="11" stroke-linecap="round" stroke-linejoin="round"',
+            )
     elif cell.place == "meadow":
         out = _hill(g - 8, 34, w, h, c("#7cc25c")) + _hill(g + 12, -18, w, h, c("#96d468"))
         for _ in range(26):
             x, y = rng.uniform(4, w - 4), rng.uniform(g + 18, h - 6)
-            out += _ellipse(round(x), round(y), 4.2, 4.2, f'fill="{c(rng.choice(("#ff6fa0", "#ffffff", "#ffd83c", "#c080f0")))}"') + _ellipse(round(x), round(y), 1.6, 1.6, f'fill="{c("#e09020")}"')
+            out += _ellipse(
+                round(x), round(y), 4.2, 4.2, f'fill="{c(rng.choice(("#ff6fa0", "#ffffff", "#ffd83c", "#c080f0")))}"'
+            ) + _ellipse(round(x), round(y), 1.6, 1.6, f'fill="{c("#e09020")}"')
     elif cell.place == "castle":
         out = _hill(g, 14, w, h, c("#7fae5e"))
         x, k = w / 2 + jitter(0.04 * w), w / 256
@@ -711,18 +724,33 @@ def _outdoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
             tx = x + dx * k
             out += f'<rect x="{tx - 17 * k:.0f}" y="{g - top:.0f}" width="{34 * k:.0f}" height="{top + 14}" fill="{stone}" stroke="{c("#7d788a")}" stroke-width="2"/>'
             if abs(dx) == 84:
-                out += _path(f"M{tx - 24 * k:.0f} {g - top:.0f} L{tx:.0f} {g - top - 46:.0f} L{tx + 24 * k:.0f} {g - top:.0f}Z", f'fill="{roof}"')
+                out += _path(
+                    f"M{tx - 24 * k:.0f} {g - top:.0f} L{tx:.0f} {g - top - 46:.0f} L{tx + 24 * k:.0f} {g - top:.0f}Z",
+                    f'fill="{roof}"',
+                )
         out += f'<rect x="{x - 40 * k:.0f}" y="{g - 82:.0f}" width="{80 * k:.0f}" height="98" fill="{stone}" stroke="{c("#7d788a")}" stroke-width="2"/>'
-        out += _path(f"M{x - 14 * k:.0f} {g + 16} V{g - 24} Q{x:.0f} {g - 52} {x + 14 * k:.0f} {g - 24} V{g + 16}Z", f'fill="{c("#5a4038")}"')
-        out += _path(f"M{x:.0f} {g - 82:.0f} V{g - 128:.0f} L{x + 28 * k:.0f} {g - 117:.0f} L{x:.0f} {g - 106:.0f}", f'fill="{roof}" stroke="{c("#5a4038")}" stroke-width="3"')
+        out += _path(
+            f"M{x - 14 * k:.0f} {g + 16} V{g - 24} Q{x:.0f} {g - 52} {x + 14 * k:.0f} {g - 24} V{g + 16}Z",
+            f'fill="{c("#5a4038")}"',
+        )
+        out += _path(
+            f"M{x:.0f} {g - 82:.0f} V{g - 128:.0f} L{x + 28 * k:.0f} {g - 117:.0f} L{x:.0f} {g - 106:.0f}",
+            f'fill="{roof}" stroke="{c("#5a4038")}" stroke-width="3"',
+        )
         out += _ground(g + 14, w, h, c("#8cbc66"))
     else:  # farm
         out = _hill(g - 6, 18, w, h, c("#a4c45a"))
         x, k = rng.choice((0.26, 0.74)) * w, w / 256
         out += f'<rect x="{x - 44 * k:.0f}" y="{g - 62}" width="{88 * k:.0f}" height="70" fill="{c("#c23b30")}"/>'
-        out += _path(f"M{x - 54 * k:.0f} {g - 60} L{x - 34 * k:.0f} {g - 100} H{x + 34 * k:.0f} L{x + 54 * k:.0f} {g - 60}Z", f'fill="{c("#7d4436")}"')
+        out += _path(
+            f"M{x - 54 * k:.0f} {g - 60} L{x - 34 * k:.0f} {g - 100} H{x + 34 * k:.0f} L{x + 54 * k:.0f} {g - 60}Z",
+            f'fill="{c("#7d4436")}"',
+        )
         out += f'<rect x="{x - 18 * k:.0f}" y="{g - 36}" width="{36 * k:.0f}" height="44" fill="{c("#fff3e0")}"/>'
-        out += _path(f"M{x - 18 * k:.0f} {g - 36} l{36 * k:.0f} 44 M{x + 18 * k:.0f} {g - 36} l{-36 * k:.0f} 44", f'fill="none" stroke="{c("#c23b30")}" stroke-width="4"')
+        out += _path(
+            f"M{x - 18 * k:.0f} {g - 36} l{36 * k:.0f} 44 M{x + 18 * k:.0f} {g - 36} l{-36 * k:.0f} 44",
+            f'fill="none" stroke="{c("#c23b30")}" stroke-width="4"',
+        )
         out += _ground(g + 6, w, h, c("#cfb35e"))
         for i in range(round(w / 26) + 1):
             out += f'<rect x="{i * 26}" y="{g - 8}" width="8" height="36" fill="{c("#f4ead2")}"/>'
@@ -742,13 +770,20 @@ def _indoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
     window = (
         f'<rect x="{wx - 30 * k:.0f}" y="34" width="{60 * k:.0f}" height="66" fill="{mix(top, low, 0.4)}" stroke="{c("#fff6e4")}" stroke-width="7"/>'
         + _ellipse(round(wx + 10 * k), 56, round(9 * k), round(9 * k), f'fill="{glow}"')
-        + _path(f"M{wx:.0f} 34 v66 M{wx - 30 * k:.0f} 67 h{60 * k:.0f}", f'fill="none" stroke="{c("#fff6e4")}" stroke-width="5"')
+        + _path(
+            f"M{wx:.0f} 34 v66 M{wx - 30 * k:.0f} 67 h{60 * k:.0f}",
+            f'fill="none" stroke="{c("#fff6e4")}" stroke-width="5"',
+        )
     )
     if cell.place == "bedroom":
         out = f'<rect width="{w}" height="{h}" fill="{c("#f2b8b4")}"/>' + "".join(
             f'<rect x="{x}" width="9" height="{g:.0f}" fill="{c("#f7cbc6")}"/>' for x in range(6, int(w), 26)
         )
-        out += window + _ground(g, w, h, c("#b98252")) + f'<rect y="{g - 7:.0f}" width="{w}" height="9" fill="{c("#fff2e2")}"/>'
+        out += (
+            window
+            + _ground(g, w, h, c("#b98252"))
+            + f'<rect y="{g - 7:.0f}" width="{w}" height="9" fill="{c("#fff2e2")}"/>'
+        )
         bx = 0.74 * w if left else 0.26 * w
         out += f'<rect x="{bx - 62 * k:.0f}" y="{g - 62:.0f}" width="12" height="84" fill="{c("#8a5a3a")}"/>'
         out += f'<rect x="{bx - 56 * k:.0f}" y="{g - 26:.0f}" width="{116 * k:.0f}" height="36" rx="8" fill="{c("#5f9ad0")}"/>'
@@ -764,7 +799,11 @@ def _indoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
                 bh = rng.uniform(24, 33)
                 out += f'<rect x="{x:.0f}" y="{y + 36 - bh:.0f}" width="{bw:.0f}" height="{bh:.0f}" fill="{c(rng.choice(("#b8443c", "#3c6ca8", "#d8a83c", "#4c8c58", "#8a5ca0")))}"/>'
                 x += bw + 1.5
-        out += window + _ground(g, w, h, c("#7a3f46")) + f'<rect y="{g:.0f}" width="{w}" height="6" fill="{c("#4a2c20")}"/>'
+        out += (
+            window
+            + _ground(g, w, h, c("#7a3f46"))
+            + f'<rect y="{g:.0f}" width="{w}" height="6" fill="{c("#4a2c20")}"/>'
+        )
     return out
 
 
@@ -831,6 +870,7 @@ def rasterize(document: str) -> NDArray[np.uint8]:
     """An SVG document drawn by resvg: (height, width, 3) RGB."""
     png = resvg_py.svg_to_bytes(svg_string=document, skip_system_fonts=True)
     bgr = cv2.imdecode(np.frombuffer(bytes(png), np.uint8), cv2.IMREAD_COLOR)
+    assert bgr is not None
     return np.ascontiguousarray(bgr[..., ::-1])
 
 

@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from storydiffusion.attention import ConsistentSelfAttention, Layout, Plan, everyone
 from torch import Tensor
 from torch.nn import functional as F
+
+from storydiffusion.attention import ConsistentSelfAttention, Layout, Plan, everyone
 
 PANELS, HALVES, RATE = 4, 2, 0.5
 #: (tokens, channels): SDXL's two self-attention grids at 768 x 768 and 1024 x 1024.
@@ -148,8 +149,13 @@ def main() -> None:
             for form, ms in middle.items():
                 ratio = ms / middle["floor"]
                 rows.append(
-                    {"shape": [tokens, channels], "dtype": name, "form": form, "milliseconds": round(ms, 2),
-                     "ratio_to_floor": round(ratio, 3)}
+                    {
+                        "shape": [tokens, channels],
+                        "dtype": name,
+                        "form": form,
+                        "milliseconds": round(ms, 2),
+                        "ratio_to_floor": round(ratio, 3),
+                    }
                 )
                 print(f"{f'{tokens} x {channels}':18} {name:9} {form:10} {ms:9.1f} {ratio:15.2f}", flush=True)
     if args.json:

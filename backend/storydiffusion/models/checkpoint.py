@@ -71,9 +71,7 @@ def checkpoint_family(header: Header) -> CheckpointFamily:
     elif width in (768, 2048):
         raise ModelError("This checkpoint has no text encoder.", "Choose the full checkpoint.")
     else:
-        raise ModelError(
-            f"This checkpoint's text features, {width} wide, fit no model known here.", WHAT_FITS
-        )
+        raise ModelError(f"This checkpoint's text features, {width} wide, fit no model known here.", WHAT_FITS)
     if not _has(tensors, VAE):
         raise ModelError("This checkpoint has no VAE.", "Choose the variant of it with the VAE baked in.")
     return family

@@ -30,9 +30,7 @@ CLASSES: Mapping[str, frozenset[tuple[str, str]]] = {
     "tokenizer": frozenset({("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}),
     "tokenizer_2": frozenset({("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}),
     "image_encoder": frozenset({("transformers", "CLIPVisionModelWithProjection")}),
-    "feature_extractor": frozenset(
-        {("transformers", "CLIPImageProcessor"), ("transformers", "CLIPFeatureExtractor")}
-    ),
+    "feature_extractor": frozenset({("transformers", "CLIPImageProcessor"), ("transformers", "CLIPFeatureExtractor")}),
     "safety_checker": frozenset({("stable_diffusion", "StableDiffusionSafetyChecker")}),
 }
 WEIGHTED = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
@@ -115,10 +113,7 @@ def inspect_folder(folder: Path) -> ModelFolder:
     variant, chosen = choose_weights(folder.name, files)
     for name in weighted:
         _refuse_strange_shards(folder / name)
-    headers = {
-        name: tuple(read_safetensors_header(folder / name / file) for file in chosen[name])
-        for name in weighted
-    }
+    headers = {name: tuple(read_safetensors_header(folder / name / file) for file in chosen[name]) for name in weighted}
     return ModelFolder(folder, pipeline, components, variant, headers)
 
 
@@ -185,9 +180,7 @@ def _allowed(name: str, value: list[Any]) -> bool:
 def _refuse_code(path: Path) -> None:
     asked = CODE_KEYS & read_json(path).keys()
     if asked:
-        raise ModelError(
-            f"{path.parent.name}/{path.name} asks for code from elsewhere ({_listed(asked)}).", ANOTHER
-        )
+        raise ModelError(f"{path.parent.name}/{path.name} asks for code from elsewhere ({_listed(asked)}).", ANOTHER)
 
 
 def _refuse_strange_shards(folder: Path) -> None:

@@ -59,9 +59,7 @@ class Header:
 def refuse_pickle(path: Path) -> None:
     """Raises ModelError where the name or the first bytes are those of a pickled file."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise ModelError(
-            f"{path.name} is a pickled file: loading it can run anybody's code.", USE_SAFETENSORS
-        )
+        raise ModelError(f"{path.name} is a pickled file: loading it can run anybody's code.", USE_SAFETENSORS)
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(PICKLE_STARTS):

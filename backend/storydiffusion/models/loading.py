@@ -63,9 +63,7 @@ def load_pipeline(
     except NotImplementedError as error:  # torch: what the file did not fill cannot be moved
         raise ModelError(f"{path.name} lacks weights that a model of its kind has.", AGAIN) from error
     except Exception as error:  # the libraries raise of every kind, RuntimeError to KeyError
-        raise ModelError(
-            f"{path.name} could not be loaded: {error}", "Its parts may not fit together."
-        ) from error
+        raise ModelError(f"{path.name} could not be loaded: {error}", "Its parts may not fit together.") from error
     return pipe
 
 
@@ -85,9 +83,7 @@ def locate(source: str | Path, *, revision: str | None = None, local_files_only:
     if missing and HUB_ID.fullmatch(str(source)) and not str(source).endswith(".safetensors"):
         return _from_hub(str(source), revision or "", True, local_files_only)
     if missing and Path(source).name == source:
-        raise ModelError(
-            f"There is no model '{source}'.", f"Choose a folder, a file, or {', '.join(presets)}."
-        )
+        raise ModelError(f"There is no model '{source}'.", f"Choose a folder, a file, or {', '.join(presets)}.")
     return _existing(Path(source), str(source))
 
 
@@ -202,9 +198,7 @@ def _from_hub(repository: str, revision: str, half: bool, local_files_only: bool
                 f"{repository} is not pinned: what the hub holds may change under your story.",
                 "State its revision, the commit shown on the model's page.",
             )
-        warnings.warn(
-            f"'{revision}' of {repository} is no commit: another day it may be another model.", stacklevel=3
-        )
+        warnings.warn(f"'{revision}' of {repository} is no commit: another day it may be another model.", stacklevel=3)
     try:
         index = huggingface_hub.hf_hub_download(
             repository, "model_index.json", revision=revision, local_files_only=local_files_only
