@@ -36,6 +36,8 @@ CONFIG = dict(
     sample_size=256,
     scaling_factor=1.0,
 )
+#: The most noise a latent channel is given in training, coarse to fine.
+NOISE = torch.linspace(0.1, 0.6, CHANNELS)
 #: Constant channels of this size make the output GroupNorms (over all channels) a fixed scale.
 CONSTANT = 8.0
 #: SiLU is nearly linear around this input.
@@ -240,7 +242,8 @@ def train(args: argparse.Namespace) -> None:
     while (done := budget.done(step)) < 1:
         target = crops(pictures, args.batch, args.crop, rng)
         latents = code.encode(target)
-        amount = 0.15 * torch.rand(len(latents), 1, 1, 1)
+        # the U-Net's mistakes: small in the coarse channels, large in the finest
+        amount = NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1)
         output = vae.decode(latents + amount * torch.randn_like(latents)).sample
         loss = reconstruction_loss(output, target)
         decoder.zero_grad(set_to_none=True)

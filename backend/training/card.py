@@ -1,0 +1,146 @@
+"""The model card: `python -m training.card` puts the runs' curves and figures beside the weights."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from training.common import MODEL, RUNS
+from training.probe import PROBE
+
+TEXT = """# Storyworld
+
+A small Stable Diffusion pipeline of the stock classes, trained by this project on pictures it drew
+itself. It knows {words} words ([vocabulary.txt](vocabulary.txt)) and one drawing style.
+
+    StableDiffusionPipeline.from_pretrained("resources/models/storyworld")
+
+| part | class | parameters |
+|---|---|---|
+{parts}
+
+## Recipe
+
+Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but the shortest resume from
+`build/runs/STAGE/state.pt` after a stop. On two CPU cores, in this order:
+
+    pip install -e '.[plot]'
+    python -m training.data                  # draws 32,000 pictures
+    python -m training.encode                # the linear latent code, and the pictures in it
+    python -m training.clip text --minutes 4
+    python -m training.probe --minutes 13    # the ruler, and what the U-Net's middle is aligned to
+    python -m training.align
+    python -m training.unet --minutes {unet_minutes:.0f}
+    python -m training.vae --minutes {vae_minutes:.0f}
+    python -m training.clip vision --minutes 4
+    python -m training.card
+
+Longer is better: the U-Net is far from done (`--start-from resources/models/storyworld/unet` goes on).
+
+![curves](curves.png)
+
+## Figures
+
+{figures}
+
+Attribute probe on {held_out} held-out drawings (`python -m training.probe --measure`):
+
+{probe}
+
+Licence: Apache-2.0, weights included. The training pictures are drawn by `training/world.py`; no
+other data was used.
+"""
+
+
+def curve(name: str) -> list[dict[str, float]]:
+    """The rows of a run's curve, resumed parts joined."""
+    rows: list[dict[str, float]] = []
+    for path in sorted(RUNS.glob(f"{name}*/curve.csv"), key=lambda p: p.stat().st_mtime):
+        with path.open(newline="") as file:
+            rows += [
+                {k: float(v) for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(file)
+            ]
+    return rows
+
+
+def plot(out: Path) -> None:
+    wanted = [("clip-text", "right"), ("probe", "loss"), ("unet", "loss"), ("unet", "alignment"), ("vae", "psnr")]
+    figure, axes = plt.subplots(1, len(wanted), figsize=(3.2 * len(wanted), 2.6))
+    for axis, (name, column) in zip(axes, wanted, strict=True):
+        rows = [row for row in curve(name) if column in row]
+        axis.plot([row["step"] for row in rows], [row[column] for row in rows], linewidth=1)
+        axis.set_title(f"{name}: {column}", fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=80)
+
+
+def parts(model: Path) -> str:
+    from safetensors import safe_open
+
+    lines = []
+    for folder in sorted(p for p in model.iterdir() if (p / "config.json").is_file()):
+        config = json.loads((folder / "config.json").read_text())
+        count = 0
+        for file in folder.glob("*model*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    size = 1
+                    for side in tensors.get_slice(key).get_shape():
+                        size *= side
+                    count += size
+        kind = config.get("_class_name") or (config.get("architectures") or ["?"])[0]
+        lines.append(f"| {folder.name} | {kind} | {count / 1e6:.1f} M |")
+    return "\n".join(lines)
+
+
+def figures(path: Path) -> str:
+    """The evaluation's rows as a table, with the command that prints them."""
+    if not path.exists():
+        return "Not measured yet: `storydiffusion evaluate consistency`."
+    rows = json.loads(path.read_text())["rows"]
+    out = ["| row | stories | agreement | fidelity | pose diversity | s/panel | MB |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if "agreement" in row:
+            out.append(
+                f"| {row['name']} | {row['stories']} | {row['agreement']:.3f} | {row['fidelity']:.3f} "
+                f"| {row['pose_diversity']:.3f} | {row['seconds_per_panel']:.2f} | {row['peak_memory_mb']:.0f} |"
+            )
+        else:
+            out.append(f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, chance {row['chance']:.3f} | | | | |")
+    return "\n".join(["`storydiffusion evaluate consistency --json FILE` printed:", "", *out])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--evaluation", type=Path, default=MODEL / "evaluation.json")
+    parser.add_argument("--unet-minutes", type=float, default=60)
+    parser.add_argument("--vae-minutes", type=float, default=15)
+    parser.add_argument("--held-out", type=int, default=400)
+    args = parser.parse_args()
+    plot(args.model / "curves.png")
+    accuracy = json.loads((PROBE / "accuracy.json").read_text())
+    words = (args.model / "vocabulary.txt").read_text().split()
+    text = TEXT.format(
+        words=len(words),
+        parts=parts(args.model),
+        unet_minutes=args.unet_minutes,
+        vae_minutes=args.vae_minutes,
+        figures=figures(args.evaluation),
+        held_out=args.held_out,
+        probe=", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()),
+    )
+    (args.model / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
