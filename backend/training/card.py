@@ -64,9 +64,7 @@ def curve(name: str) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for path in sorted(RUNS.glob(f"{name}*/curve.csv"), key=lambda p: p.stat().st_mtime):
         with path.open(newline="") as file:
-            rows += [
-                {k: float(v) for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(file)
-            ]
+            rows += [{k: float(v) for k, v in row.items() if k and v not in (None, "")} for row in csv.DictReader(file)]
     return rows
 
 
@@ -115,7 +113,9 @@ def figures(path: Path) -> str:
                 f"| {row['pose_diversity']:.3f} | {row['seconds_per_panel']:.2f} | {row['peak_memory_mb']:.0f} |"
             )
         else:
-            out.append(f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, chance {row['chance']:.3f} | | | | |")
+            out.append(
+                f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, chance {row['chance']:.3f} | | | | |"
+            )
     return "\n".join(["`storydiffusion evaluate consistency --json FILE` printed:", "", *out])
 
 
