@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from storydiffusion.attention import PLANS
 from training import data, world
 from training.evaluate import EvalStory, eval_story, paint_clothes, rows_of, score

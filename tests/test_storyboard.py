@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from storydiffusion.errors import ImageError, StoryError
 from storydiffusion.story import parse_story
 from storydiffusion.storyboard import (

@@ -114,7 +114,8 @@ def figures(path: Path) -> str:
             )
         else:
             out.append(
-                f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, chance {row['chance']:.3f} | | | | |"
+                f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, "
+                f"chance {row['chance']:.3f} | | | | |"
             )
     return "\n".join(["`storydiffusion evaluate consistency --json FILE` printed:", "", *out])
 
