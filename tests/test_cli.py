@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_writes_every_panel_a_sheet_and_the_story(made: Path) -> None:
-    assert {p.name for p in made.iterdir()} == {"p1.png", "p2.png", "p3.png", "sheet.png", "story.toml"}
+    assert {p.name for p in made.iterdir()} == {"p1.png", "p2.png", "p3.png", "contact.sheet.png", "story.toml"}
     assert load_picture(made / "p1.png").shape == (256, 256, 3)
 
 
@@ -65,9 +65,9 @@ def test_generate_twice_keeps_the_earlier_takes(
     out = tmp_path / "out"
     for _ in range(2):
         assert main(["generate", str(story), "-o", str(out), "--json"]) == 0
-    assert np.array_equal(load_picture(out / "p1.png"), load_picture(out / "p1-take2.png"))
+    assert np.array_equal(load_picture(out / "p1.png"), load_picture(out / "p1.take2.png"))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["panels"][0].endswith("p1-take2.png")
+    assert report["panels"][0].endswith("p1.take2.png")
 
 
 def test_regenerate_adds_a_take_made_from_the_others(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_regenerate_adds_a_take_made_from_the_others(made: Path, capsys: pytest.
     assert main(["regenerate", str(made), "--panel", "p3", "--new-seed", "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     take = Path(report["panels"][0])
-    assert take.name.startswith("p3-take")
+    assert take.name.startswith("p3.take")
     assert not np.array_equal(load_picture(take), before)
     assert np.array_equal(load_picture(made / "p3.png"), before), "the first take was changed"
 

@@ -160,7 +160,25 @@ def test_inpainting_keeps_every_pixel_outside_the_mask(pipe: Any) -> None:
 
 def test_refined_and_fresh_panels_can_be_made_together(ddim: Any) -> None:
     targets = [Target("p0", "x", 1), Target("p1", "y", 2, image=picture(), strength=0.5)]
-    assert len(make(ddim, targets, (), SETTINGS)) == 2
+    references = [Reference("r", picture(1))]
+    made = extend(ddim, targets, references, SETTINGS)
+    assert all(same(extend(ddim, [t], references, SETTINGS)[0], p) for t, p in zip(targets, made, strict=True)), (
+        "a panel depends on the strength of another"
+    )
+    with pytest.raises(PlanError, match="strengths"):
+        make(ddim, targets, (), SETTINGS)
+
+
+def test_a_character_who_enters_late_is_kept_too(ddim: Any) -> None:
+    """Panels beyond the window look at whoever shows their characters first, not only at the window."""
+    who = [("Mira",), ("Mira",), ("Mira",), ("Tom",), ("Tom",), ("Mira", "Tom")]
+    targets = [Target(f"p{i}", f"place {i}", i, characters=c) for i, c in enumerate(who)]
+    settings = replace(SETTINGS, window=2)
+    whole = generate(ddim, targets, settings)
+    fourth = panels.as_reference(targets[3], whole[3])
+    assert same(extend(ddim, [targets[4]], [fourth], settings)[0], whole[4])
+    both = [panels.as_reference(targets[0], whole[0]), fourth]
+    assert same(extend(ddim, [targets[5]], both, settings)[0], whole[5])
 
 
 def test_a_prompt_longer_than_the_text_encoder_is_read_to_its_end(pipe: Any) -> None:
@@ -307,6 +325,10 @@ def test_references_are_the_first_that_share_a_character_whatever_else_is_made()
     ]
     chosen = choose_references(Target("p", "", 0, characters=("Mira",)), candidates)
     assert [r.id for r in chosen] == ["b", "c"]
+    meeting = choose_references(
+        Target("p", "", 0, characters=("Mira", "Bo")), [*candidates[1:2], *candidates[3:], candidates[0]]
+    )
+    assert [r.id for r in meeting] == ["b", "a"], "a panel of two characters must see both"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path, monkey
 
 
 def test_an_earlier_take_is_never_overwritten(tmp_path: Path) -> None:
-    for expected in ("p1.png", "p1-take2.png", "p1-take3.png"):
+    for expected in ("p1.png", "p1.take2.png", "p1.take3.png"):
         path = free_path(tmp_path / "p1.png")
         assert path.name == expected
         path.touch()

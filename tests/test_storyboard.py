@@ -52,7 +52,7 @@ def test_the_newest_take_is_what_others_are_made_from(tmp_path: Path) -> None:
         save_panel(tmp_path, STORY, STORY.panels[0], flat(value))
     path = latest_take(tmp_path, "p1")
     assert path is not None
-    assert path.name == "p1-take3.png"
+    assert path.name == "p1.take3.png"
     assert references_of(tmp_path, STORY)[0].image[0, 0, 0] == 3
 
 
@@ -61,12 +61,12 @@ def test_the_tenth_take_is_newer_than_the_ninth(tmp_path: Path) -> None:
         save_panel(tmp_path, STORY, STORY.panels[0], flat(value))
     path = latest_take(tmp_path, "p1")
     assert path is not None
-    assert path.name == "p1-take11.png"
+    assert path.name == "p1.take11.png"
 
 
 def test_a_panel_does_not_take_pictures_of_another_whose_name_begins_alike(tmp_path: Path) -> None:
     save_panel(tmp_path, STORY, STORY.panels[0], flat(1))
-    (tmp_path / "p1-take2-copy.png").write_bytes((tmp_path / "p1.png").read_bytes())
+    (tmp_path / "p1.take2-copy.png").write_bytes((tmp_path / "p1.png").read_bytes())
     (tmp_path / "p10.png").write_bytes((tmp_path / "p1.png").read_bytes())
     path = latest_take(tmp_path, "p1")
     assert path is not None

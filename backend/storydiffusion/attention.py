@@ -78,7 +78,11 @@ class Plan:
 
     def covers(self, module_name: str, progress: float) -> bool:
         """Whether the plan holds at this layer, `progress` (0 to 1) into the schedule."""
-        return self.start <= progress < max(self.end, 1e-9) and module_name.startswith(self.where)
+        return self.holds(progress) and module_name.startswith(self.where)
+
+    def holds(self, progress: float) -> bool:
+        """Whether any layer attends to other panels, `progress` (0 to 1) into the schedule."""
+        return self.start <= progress < self.end
 
     def rate_at(self, factor: int) -> float:
         return self.rates.get(factor, self.rate)
@@ -194,7 +198,7 @@ def consistent_attention(
     counts = [tokens if s is None else len(s) for s in samples]
     lengths = [tokens + sum(counts[j] for j in row) for row in sources]
     out = torch.empty_like(query)
-    for group in _groups(lengths, sources, weights, chunk):
+    for group in _groups(counts, sources, weights, chunk):
         gathered_keys = query.new_empty(halves, len(group), lengths[group[0]], channels)
         gathered_values = torch.empty_like(gathered_keys)
         for gathered, projected in ((gathered_keys, keys), (gathered_values, values)):
@@ -219,12 +223,12 @@ def _adjacent(group: Sequence[int]) -> bool:
 
 
 def _groups(
-    lengths: Sequence[int], sources: Sequence[Sequence[int]], weights: Sequence[float], chunk: int
+    counts: Sequence[int], sources: Sequence[Sequence[int]], weights: Sequence[float], chunk: int
 ) -> Iterator[list[int]]:
     """Panels that can share one call of attention: equally many keys of equal weights."""
-    alike: dict[tuple[int, tuple[float, ...]], list[int]] = {}
-    for i, length in enumerate(lengths):
-        alike.setdefault((length, tuple(weights[j] for j in sources[i])), []).append(i)
+    alike: dict[tuple[tuple[int, float], ...], list[int]] = {}
+    for i, row in enumerate(sources):
+        alike.setdefault(tuple((counts[j], weights[j]) for j in row), []).append(i)
     for members in alike.values():
         for start in range(0, len(members), chunk):
             yield members[start : start + chunk]
@@ -355,6 +359,7 @@ class ConsistentSelfAttention:
         processors = {name: module.processor for name, module in found.items()}
         try:
             for name, module in found.items():
+                module._modules.pop("processor", None)  # processors with weights are submodules
                 module.processor = _Processor(self, name, processors[name])
             yield self
         finally:

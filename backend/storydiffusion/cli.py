@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ def parser() -> argparse.ArgumentParser:
     making.add_argument("--model", help="preset, folder or .safetensors file (default: the story's)")
     making.add_argument("--plan", default="default", help="how panels attend to each other")
     making.add_argument("--no-consistency", action="store_true", help="every panel on its own")
-    making.add_argument("--steps", type=int, help="sampling steps")
+    making.add_argument("--revision", metavar="COMMIT", help="of a hub model that no preset pins")
+    making.add_argument("--download", action="store_true", help="fetch the model from the hub once")
+    making.add_argument("--steps", type=at_least(1), help="sampling steps")
     making.add_argument("--guidance", type=float, help="guidance scale")
     making.add_argument("--seed", type=int, help="the story's seed instead of the file's")
-    making.add_argument("--window", type=int, default=4, help="panels made jointly (default 4)")
+    making.add_argument("--window", type=at_least(2), default=4, help="panels made jointly (default 4)")
 
     demo = commands.add_parser("demo", parents=[making], help="make the example story")
     demo.add_argument("-o", "--output", type=Path, default=Path("storydiffusion-demo"), metavar="DIR")
@@ -83,6 +86,18 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=run_models)
     return top
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        return value
+
+    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,45 +156,73 @@ class _Bar:
 def _open_model(args: argparse.Namespace, story: Any) -> tuple[Any, Any]:
     """The pipeline and the settings for a story."""
     _quiet_libraries()
+    import torch
+
     from storydiffusion.attention import plan_named
     from storydiffusion.models import (
         apply_placement,
         component_bytes,
         load_catalogue,
         load_pipeline,
+        locate,
         place,
     )
     from storydiffusion.panels import Settings
 
     plan = None if args.no_consistency else plan_named(args.plan)
-    source = args.model or story.model
-    placement = place(component_bytes(source), width=story.width, height=story.height, panels=args.window)
-    pipe = apply_placement(load_pipeline(source, dtype=placement.dtype), placement)
+    source = story.model
     preset = load_catalogue().get(source)
+    locate(source, revision=args.revision, local_files_only=not args.download)
+    weights = component_bytes(source, revision=args.revision)
+    placement = place(weights, width=story.width, height=story.height, panels=args.window)
+    if preset and preset.embedded and placement.device == "cpu":
+        # small enough anywhere, and the same pictures on every machine
+        placement = replace(placement, dtype=torch.float32, vae_tiling=False)
+    pipe = load_pipeline(source, dtype=placement.dtype, revision=args.revision)
     settings = Settings(
         width=story.width,
         height=story.height,
-        num_inference_steps=args.steps or story.num_inference_steps or (preset.steps if preset else 25),
-        guidance_scale=first_given(args.guidance, story.guidance_scale, preset.guidance_scale if preset else 7.0),
+        num_inference_steps=story.num_inference_steps or (preset.steps if preset else 25),
+        guidance_scale=first_given(story.guidance_scale, preset.guidance_scale if preset else 7.0),
         guidance_rescale=0.5 if preset and preset.family == "storyworld" else 0.0,
         seed=story.seed,
         plan=plan,
         window=args.window,
     )
-    return pipe, settings
+    return apply_placement(pipe, placement), settings
+
+
+def _with_overrides(args: argparse.Namespace, story: Any, sized: bool = True) -> Any:
+    """The story as the command line wants it, so that what is saved says how it was made.
+
+    A story that states no size (`sized`) takes the one its model was trained at.
+    """
+    from storydiffusion.models import load_catalogue
+
+    model = args.model or story.model
+    preset = load_catalogue().get(model)
+    if preset and not sized:
+        story = replace(story, width=preset.size[0], height=preset.size[1])
+    return replace(
+        story,
+        model=model,
+        seed=story.seed if args.seed is None else args.seed,
+        num_inference_steps=args.steps or story.num_inference_steps,
+        guidance_scale=story.guidance_scale if args.guidance is None else args.guidance,
+    )
 
 
 def first_given(*values: float | None) -> float:
     return next(value for value in values if value is not None)
 
 
-def _warn_unknown(source: str, story: Any) -> list[str]:
+def _warn_unknown(args: argparse.Namespace, story: Any) -> list[str]:
     """Say which words the model never saw."""
     from storydiffusion.models import locate
     from storydiffusion.storyboard import targets_of
     from storydiffusion.vocabulary import load_vocabulary, unknown_words
 
-    path = locate(source)
+    path = locate(story.model, revision=args.revision)
     vocabulary = load_vocabulary(path)
     words = unknown_words(" ".join(t.prompt for t in targets_of(story)), vocabulary)
     if words:
@@ -195,28 +238,42 @@ def run_generate(args: argparse.Namespace) -> None:
     from storydiffusion.story import load_story
 
     demo = args.command == "demo"
-    story = load_story(resources() / "stories" / "demo.toml" if demo else args.story)
-    if args.seed is not None:
-        story = replace(story, seed=args.seed)
+    path = resources() / "stories" / "demo.toml" if demo else args.story
+    story = load_story(path)
+    sized = any(re.match(r"\s*(width|height)\s*=", line) for line in path.read_text("utf-8").splitlines())
+    story = _with_overrides(args, story, sized)
     pipe, settings = _open_model(args, story)
-    words = _warn_unknown(args.model or story.model, story)
+    words = _warn_unknown(args, story)
     from storydiffusion.panels import generate
-    from storydiffusion.storyboard import save_panel, save_sheet, save_story, targets_of
+    from storydiffusion.storyboard import (
+        latest_take,
+        pictures_of,
+        references_of,
+        save_panel,
+        save_sheet,
+        save_story,
+        targets_of,
+    )
 
     started = time.perf_counter()
     bar = _Bar(args.json)
     paths: list[Path] = []
+    save_story(args.output, story)
+    kept = [p.id for p in story.panels if p.locked and latest_take(args.output, p.id)]
+    wanted = [p for p in story.panels if p.id not in kept]
+    targets = [t for t in targets_of(story) if t.id not in kept]
+    locked = references_of(args.output, story, leave_out=[p.id for p in wanted])
 
     def finished(index: int, picture: Any) -> None:
-        paths.append(save_panel(args.output, story, story.panels[index], picture))
+        paths.append(save_panel(args.output, story, wanted[index], picture))
 
     try:
-        save_story(args.output, story)
-        pictures = generate(pipe, targets_of(story), settings, callback=bar, finished=finished)
+        if targets:
+            generate(pipe, targets, settings, references=locked, callback=bar, finished=finished)
     finally:
         bar.close()
     seconds = time.perf_counter() - started
-    sheet = save_sheet(args.output, story, pictures)
+    sheet = save_sheet(args.output, story, pictures_of(args.output, story))
     _report(args, paths, sheet, seconds, words)
 
 
@@ -237,8 +294,9 @@ def run_regenerate(args: argparse.Namespace) -> None:
     for name in [*args.panel, *(args.sources or [])]:
         if name not in known:
             raise StoryError(f"The story has no panel {name}.", f"Its panels are {', '.join(known)}.")
-    if args.seed is not None:
-        story = replace(story, seed=args.seed)
+        if name in args.panel and known[name].locked:
+            raise PlanError(f"Panel {name} is locked.", "Unlock it in story.toml: locked = false.")
+    story = _with_overrides(args, story)
     starts = args.image is not None or args.mask is not None
     if starts and len(args.panel) != 1:
         raise PlanError("A picture or mask goes with one panel.", "Name one with --panel.")
@@ -250,6 +308,7 @@ def run_regenerate(args: argparse.Namespace) -> None:
     if not references and not args.no_consistency:
         raise ImageError("There is no other panel to look at.", "Generate them, or use --no-consistency.")
     pipe, settings = _open_model(args, story)
+    words = _warn_unknown(args, story)
     from storydiffusion.attention import stable_seed
     from storydiffusion.panels import extend
 
@@ -273,14 +332,23 @@ def run_regenerate(args: argparse.Namespace) -> None:
         targets.append(target)
     started = time.perf_counter()
     bar = _Bar(args.json)
+    order = {panel.id: i for i, panel in enumerate(story.panels)}
+    paths = []
     try:
-        pictures = extend(pipe, targets, references, settings, callback=bar)
+        for target in targets:
+            seen = references
+            if order[target.id] >= args.window and not args.sources:
+                # what `generate` made it from: a panel made again with nothing changed is the same picture
+                seen = [r for r in references if order[r.id] < order[target.id]]
+            picture = extend(pipe, [target], seen, settings, callback=bar)[0]
+            panels = tuple(replace(p, seed=target.seed) if p.id == target.id else p for p in story.panels)
+            paths.append(save_panel(args.folder, replace(story, panels=panels), known[target.id], picture))
     finally:
         bar.close()
     seconds = time.perf_counter() - started
-    paths = [save_panel(args.folder, story, known[t.id], p) for t, p in zip(targets, pictures, strict=True)]
-    sheet = save_sheet(args.folder, story, pictures_of(args.folder, story))
-    _report(args, paths, sheet, seconds, [])
+    made = replace(story, panels=tuple(p for p in story.panels if latest_take(args.folder, p.id)))
+    sheet = save_sheet(args.folder, made, pictures_of(args.folder, made))
+    _report(args, paths, sheet, seconds, words)
 
 
 def _report(args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: float, words: list[str]) -> None:

@@ -54,7 +54,7 @@ def encode_prompt(pipe: Any, text: str) -> Conditioning:
         for ids in [*cut, *([[]] * (count - len(cut)))]:
             row = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
-        out = encoder(torch.tensor(rows, device=encoder.device), output_hidden_states=is_sdxl(pipe))
+        out = encoder(torch.tensor(rows, device=pipe._execution_device), output_hidden_states=is_sdxl(pipe))
         if is_sdxl(pipe):
             columns.append(out.hidden_states[-2])
             if hasattr(out, "text_embeds"):

@@ -154,8 +154,16 @@ def check(pipe: Any, targets: Sequence[Target], settings: Settings) -> None:
             f"This model makes pictures in multiples of {multiple} pixels, not {settings.width} x {settings.height}.",
             f"Use {near(settings.width)} x {near(settings.height)}.",
         )
+    if len({t.strength if t.image is not None else 1.0 for t in targets}) > 1:
+        raise PlanError(
+            "Panels of different strengths walk different parts of the schedule.", "Make them one after the other."
+        )
     if settings.num_inference_steps < 1 or settings.chunk < 1 or settings.window < 2:
-        raise PlanError("Steps and chunk must be at least 1 and the window at least 2.")
+        raise PlanError(
+            f"{settings.num_inference_steps} steps, chunks of {settings.chunk} and a window of {settings.window} "
+            "were asked for.",
+            "Use at least 1 step, chunks of at least 1 and a window of at least 2.",
+        )
     for target in targets:
         if target.guidance_scale not in (None, settings.guidance_scale):
             raise PlanError(
@@ -220,8 +228,18 @@ def picture_noise(pipe: Any, settings: Settings, seed: int) -> Tensor:
 
 def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Reference], settings: Settings) -> _Run:
     check(pipe, targets, settings)
-    device = pipe.unet.device
-    pipe.scheduler.set_timesteps(settings.num_inference_steps, device=device)
+    device = pipe._execution_device
+    try:
+        pipe.scheduler.set_timesteps(settings.num_inference_steps, device=device)
+    except ValueError as error:
+        raise PlanError(
+            f"This model's scheduler cannot walk {settings.num_inference_steps} steps: {error}", "Use fewer steps."
+        ) from error
+    if references and not hasattr(pipe.scheduler, "alphas_cumprod"):
+        raise PlanError(
+            f"References cannot be replayed with {type(pipe.scheduler).__name__}.",
+            "Use DDIM, Euler, DPM-Solver or UniPC.",
+        )
     timesteps = pipe.scheduler.timesteps
     cache: dict[str, Conditioning] = {}
 
@@ -229,6 +247,12 @@ def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Referenc
         if text not in cache:
             cache[text] = encode_prompt(pipe, text)
         return cache[text]
+
+    def negative(text: str) -> Conditioning:
+        encoded = prompt(text)
+        if text or encoded.pooled is None or not pipe.config.get("force_zeros_for_empty_prompt"):
+            return encoded
+        return Conditioning(torch.zeros_like(encoded.embeds), torch.zeros_like(encoded.pooled))
 
     everything: list[Target | Reference] = [*targets, *references]
     noise = torch.cat([picture_noise(pipe, settings, t.seed) for t in targets]).to(device)
@@ -249,12 +273,12 @@ def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Referenc
         references=references,
         timesteps=timesteps,
         prompts=[prompt(one.prompt) for one in everything],
-        negatives=[prompt(one.negative_prompt) for one in everything],
+        negatives=[negative(one.negative_prompt) for one in everything],
         noise=noise,
         start=start,
         first=first,
         masks=masks,
-        reference_latents=torch.cat(encoded) if encoded else noise[:0],
+        reference_latents=torch.cat(encoded).to(noise) if encoded else noise[:0],
         reference_noise=torch.cat(replayed).to(device) if replayed else noise[:0],
         reference_tokens={
             r.id: latent_mask(r.mask, (noise.shape[2], noise.shape[3])) > 0 for r in references if r.mask is not None
@@ -267,7 +291,7 @@ def _unet(run: _Run, model_input: Tensor, timestep: Tensor, rows: Sequence[int],
     pipe, settings = run.pipe, run.settings
     chosen = [(run.negatives if half == 0 else run.prompts)[row] for half in halves for row in rows]
     embeds, mask, pooled = stack(chosen)
-    batch = model_input.repeat(len(halves), 1, 1, 1)
+    batch = model_input.repeat(len(halves), 1, 1, 1).to(pipe._execution_device)
     extra: dict[str, Any] = {}
     if is_sdxl(pipe):
         ids = [settings.height, settings.width, 0, 0, settings.height, settings.width]
@@ -317,11 +341,14 @@ def _name(reference: Reference) -> str:
     return f"reference:{reference.id}"
 
 
-def _replay(run: _Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int]) -> None:
+def _replay(
+    run: _Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int], cancel: Cancel
+) -> None:
     """Run the references, noised to this step, so that the layers remember their features."""
     at = (timestep * consistency.plan.reference_noise).round().long()
     noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
     for i, reference in enumerate(run.references):
+        _stop_if(cancel)
         name = _name(reference)
         tokens = {name: run.reference_tokens[reference.id]} if reference.id in run.reference_tokens else {}
         consistency.next_call(Layout(len(halves), (name,), ((),), remember=True, tokens=tokens))
@@ -351,9 +378,8 @@ def _predict(
     total = torch.zeros(len(halves), *latents.shape, device=latents.device)
     count = torch.zeros(len(latents), device=latents.device)
     for index, some in enumerate(passes):
-        if consistency is not None and run.references:
-            _stop_if(cancel)
-            _replay(run, consistency, timestep, some)
+        if consistency is not None and run.references and consistency.plan.holds(consistency.progress):
+            _replay(run, consistency, timestep, some, cancel)
         for rows in calls:
             _stop_if(cancel)
             if consistency is not None:
@@ -410,7 +436,6 @@ def denoise(
     calls = _calls(len(targets), way, settings)
     begin = min(run.first)
     latents = run.noise * scheduler.init_noise_sigma
-    generators = [torch.Generator().manual_seed(stable_seed(t.seed, "step")) for t in targets]
     preview = LatentPreview(pipe)
     ids = tuple(t.id for t in targets)
     with _attached(consistency, pipe.unet):
@@ -425,6 +450,7 @@ def denoise(
             if consistency is not None:
                 consistency.begin_step(step, step / len(timesteps), run.grid)
             predicted = _predict(run, latents, timestep, calls, way, consistency, cancel)
+            generators = [torch.Generator().manual_seed(stable_seed(t.seed, "step", step)) for t in targets]
             latents = scheduler.step(
                 predicted, timestep, latents, return_dict=False, **_noise_source(scheduler, generators)
             )[0]
@@ -507,29 +533,35 @@ def make(
         OutOfMemoryError: not even the smallest chunks fit.
         PlanError, ImageError, Cancelled: see `denoise`.
     """
+    latents: Tensor | None = None
     for attempt in smaller_chunks(settings):
         try:
-            latents = denoise(pipe, targets, references, attempt, way, callback, cancel)
-            pictures = decode_latents(pipe, latents)
+            if latents is None:
+                latents = denoise(pipe, targets, references, attempt, way, callback, cancel)
+            pictures = []
+            for one in latents.split(1):
+                _stop_if(cancel)
+                pictures += decode_latents(pipe, one)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if latents is not None:  # chunks do not help the decoder, tiles do
+                pipe.vae.enable_tiling()
             warnings.warn(f"out of memory with {attempt.chunk} panels a chunk; trying less", stacklevel=2)
             continue
+        finally:
+            pipe.maybe_free_model_hooks()
         return [_keep_outside(t, p, settings) for t, p in zip(targets, pictures, strict=True)]
-    smaller = tuple(max(64, int(side * 0.75) // 64 * 64) for side in (settings.width, settings.height))
+    multiple = grid_multiple(pipe)
+    smaller = [max(multiple, int(side * 0.7) // multiple * multiple) for side in (settings.width, settings.height)]
+    window = f", or a window of {max(2, len(targets) // 2)} panels" if way != "extend" and len(targets) > 2 else ""
     raise OutOfMemoryError(
         f"{len(targets)} panels of {settings.width} x {settings.height} do not fit in memory, even in "
         "the smallest chunks.",
-        f"Try {smaller[0]} x {smaller[1]}"
-        + (
-            f", or a window of {max(2, min(len(targets), settings.window) // 2)} panels."
-            if way != "extend" and len(targets) > 2
-            else "."
-        ),
+        f"Try {smaller[0]} x {smaller[1]}, which takes half{window}.",
     )
 
 
@@ -565,9 +597,17 @@ def _keep_outside(target: Target, made: Picture, settings: Settings) -> Picture:
 
 
 def choose_references(target: Target, candidates: Sequence[Reference], limit: int = 2) -> list[Reference]:
-    """The first `limit` candidates that share a character with `target`, in story order: always the
-    same ones, so that a panel made again is the same picture."""
-    return [r for r in candidates if shares(target.characters, r.characters)][:limit]
+    """What `target` is made from: for each of its characters the first candidate that has them, then
+    the earliest others up to `limit`, in story order. Always the same ones, so that a panel made
+    again is the same picture."""
+    able = [r for r in candidates if shares(target.characters, r.characters)]
+    missing, chosen = set(target.characters or ()), []
+    for reference in able:
+        if missing & set(reference.characters or ()):
+            chosen.append(reference.id)
+            missing -= set(reference.characters or ())
+    chosen += [r.id for r in able if r.id not in chosen][: max(0, limit - len(chosen))]
+    return [r for r in able if r.id in chosen]
 
 
 def generate(
@@ -581,26 +621,39 @@ def generate(
     finished: Callable[[int, Picture], None] | None = None,
     group: int = 12,
 ) -> list[Picture]:
-    """A whole story at flat memory: the first `settings.window` panels jointly, the others extended
-    from the first of those, `group` at a time. `finished(index, picture)` is called as they come.
+    """A whole story at flat memory: the first `settings.window` panels jointly, every later one from
+    panels before it, as many at a time as do not need each other. `finished(index, picture)` is
+    called as they come.
     """
-    check(pipe, targets, settings)
-    pictures: list[Picture] = []
-
-    def keep(made: Sequence[Picture]) -> None:
-        for picture in made:
+    head = targets[: settings.window]
+    needed = {r.id for t in head for r in choose_references(t, references)}
+    used = [r for r in references if r.id in needed]
+    pictures = make(pipe, head, used, settings, "joint", callback, cancel)
+    if finished:
+        for index, picture in enumerate(pictures):
+            finished(index, picture)
+    before = [*references, *(as_reference(t, p) for t, p in zip(head, pictures, strict=True))]
+    while len(pictures) < len(targets):
+        some = _independent(targets[len(pictures) :][:group], before)
+        made = extend(pipe, some, before, settings, callback, cancel)
+        for target, picture in zip(some, made, strict=True):
             pictures.append(picture)
+            before.append(as_reference(target, picture))
             if finished:
                 finished(len(pictures) - 1, picture)
-
-    head = targets[: settings.window]
-    keep(make(pipe, head, references, settings, "joint", callback, cancel))
-    sheet = [as_reference(t, p) for t, p in zip(head, pictures, strict=True)]
-    rest = targets[settings.window :]
-    for start in range(0, len(rest), group):
-        some = rest[start : start + group]
-        keep(extend(pipe, some, [*references, *sheet], settings, callback, cancel))
     return pictures
+
+
+def _independent(targets: Sequence[Target], before: Sequence[Reference]) -> Sequence[Target]:
+    """The first of `targets` that can be made at once: none would look at another of them."""
+    blank = np.zeros((1, 1, 3), np.uint8)
+    seen = list(before)
+    for count, target in enumerate(targets):
+        ids = {t.id for t in targets[:count]}
+        if ids & {r.id for r in choose_references(target, seen)}:
+            return targets[:count]
+        seen.append(as_reference(target, blank))
+    return targets
 
 
 def extend(
@@ -614,17 +667,21 @@ def extend(
     """Make each target from the candidates it shares characters with, each for itself.
 
     The same call serves extension, regeneration, refining and inpainting: what differs is what the
-    targets start from.
+    targets start from. Targets of different references or strengths are run apart: a multistep
+    solver's first steps must not depend on who else is in the batch.
     """
-    chosen = {t.id: choose_references(t, candidates) for t in targets}
-    needed = {r.id for some in chosen.values() for r in some}
-    union = [r for r in candidates if r.id in needed]
+    if settings.plan is None:
+        candidates = ()
+    alike: dict[tuple[tuple[str, ...], float], list[Target]] = {}
+    for target in targets:
+        strength = 1.0 if target.image is None else target.strength
+        chosen = tuple(r.id for r in choose_references(target, candidates))
+        alike.setdefault((chosen, strength), []).append(target)
     pictures: dict[str, Picture] = {}
-    for key in dict.fromkeys(tuple(r.id for r in some) for some in chosen.values()):
-        same = [t for t in targets if tuple(r.id for r in chosen[t.id]) == key]
-        refs = [r for r in union if r.id in key]
-        made = make(pipe, same, refs, settings, "extend", callback, cancel)
-        pictures |= {t.id: p for t, p in zip(same, made, strict=True)}
+    for (chosen, _), some in alike.items():
+        references = [r for r in candidates if r.id in chosen]
+        made = make(pipe, some, references, settings, "extend", callback, cancel)
+        pictures |= {t.id: p for t, p in zip(some, made, strict=True)}
     return [pictures[t.id] for t in targets]
 
 

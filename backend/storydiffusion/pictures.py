@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from storydiffusion.errors import ImageError, StoryDiffusionError
-from storydiffusion.references import Picture
+from storydiffusion.references import Picture, resized
 
 #: Keys of the PNG text chunks a panel carries.
 STORY_KEY = "storydiffusion:story"
@@ -50,11 +50,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or the next take beside it that does not exist yet: p1.png, p1-take2.png, ..."""
+    """`path`, or the next take beside it that does not exist yet: p1.png, p1.take2.png, ... (a panel's
+    id holds no dot, so a take is never mistaken for another panel)."""
     take, candidate = 1, path
     while candidate.exists():
         take += 1
-        candidate = path.with_name(f"{path.stem}-take{take}{path.suffix}")
+        candidate = path.with_name(f"{path.stem}.take{take}{path.suffix}")
     return candidate
 
 
@@ -73,7 +74,7 @@ def _open(path: Path) -> Image.Image:
         image = Image.open(path, formats=("PNG", "JPEG", "WEBP"))
     except FileNotFoundError as error:
         raise ImageError(f"There is no picture at {path}.", "Check the name.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path} is not a PNG, JPEG or WebP picture.", "Export it as PNG.") from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(f"{path} has {image.width} x {image.height} pixels.", "Scale it to at most 64 megapixels.")
@@ -99,7 +100,10 @@ def load_picture(path: Path) -> Picture:
 
 def load_mask(path: Path) -> NDArray[np.uint8]:
     """A mask picture as (height, width), white where the panel may change."""
-    return np.array(_open(path).convert("L"))
+    try:
+        return np.array(_open(path).convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"{path} is damaged.", "Export it again.") from error
 
 
 def embedded_text(path: Path) -> dict[str, str]:
@@ -110,14 +114,21 @@ def embedded_text(path: Path) -> dict[str, str]:
 
 
 def contact_sheet(pictures: Sequence[Picture], captions: Sequence[str] = (), columns: int = 0) -> Picture:
-    """Pictures side by side on paper, captions below, wrapped to the picture's width."""
+    """Pictures side by side on paper, captions below, wrapped to the picture's width.
+
+    Pictures are shown at the size of the first, at most 512 pixels, so that the sheet of a long story
+    stays a picture one can open.
+    """
+    scale = min(1.0, 512 / max(pictures[0].shape[:2]))
+    size = [max(1, round(side * scale)) for side in pictures[0].shape[:2]]
+    pictures = [resized(picture, size[1], size[0]) for picture in pictures]
     columns = columns or min(4, len(pictures))
     height, width = pictures[0].shape[:2]
-    size = max(12, width // 17)
-    font = ImageFont.load_default(size)
+    letters = max(12, width // 17)
+    font = ImageFont.load_default(letters)
     wrapped = [_wrap(text, font, width) for text in captions] or [[] for _ in pictures]
     lines = max((len(one) for one in wrapped), default=0)
-    gap, line = max(8, width // 24), round(size * 1.35)
+    gap, line = max(8, width // 24), round(letters * 1.35)
     cell = height + (lines * line + gap // 2 if lines else 0)
     rows = math.ceil(len(pictures) / columns)
     paper = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (cell + gap)), "#fffdf8")

@@ -41,7 +41,7 @@ def encode_image(pipe: Any, image: Picture, width: int, height: int) -> Tensor:
     """A picture's latents: (1, channels, height / factor, width / factor), scaled for the U-Net."""
     check_picture(image, "A reference")
     pixels = torch.from_numpy(np.ascontiguousarray(resized(image, width, height)))
-    x = pixels.permute(2, 0, 1)[None].to(pipe.vae.device, pipe.vae.dtype) / 127.5 - 1
+    x = pixels.permute(2, 0, 1)[None].to(pipe._execution_device, pipe.vae.dtype) / 127.5 - 1
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
     latents: Tensor = (pipe.vae.encode(x).latent_dist.mode() - shift) * pipe.vae.config.scaling_factor
     return latents
@@ -54,7 +54,9 @@ def decode_latents(pipe: Any, latents: Tensor) -> list[Picture]:
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
     pictures = []
     for one in latents.split(1):
-        x = pipe.vae.decode(one.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift).sample
+        x = pipe.vae.decode(
+            one.to(pipe._execution_device, pipe.vae.dtype) / pipe.vae.config.scaling_factor + shift
+        ).sample
         array = ((x[0].float().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0)
         pictures.append(array.cpu().numpy().astype(np.uint8))
     return pictures

@@ -1,6 +1,6 @@
 """From a story to what the engine makes, and back onto disk as a folder of panels.
 
-A folder of panels is a story.toml, a PNG a panel (`p1.png`, later takes `p1-take2.png`; none is ever
+A folder of panels is a story.toml, a PNG a panel (`p1.png`, later takes `p1.take2.png`; none is ever
 overwritten) and a contact sheet. Every PNG carries the story in it, so a single panel is enough to
 go on from.
 """
@@ -26,7 +26,7 @@ from storydiffusion.references import Picture
 from storydiffusion.story import Panel, Story, dump_story, find_style, load_story
 
 STORY_FILE = "story.toml"
-SHEET_FILE = "sheet.png"
+SHEET_FILE = "contact.sheet.png"
 
 
 def targets_of(story: Story) -> list[Target]:
@@ -61,7 +61,17 @@ def save_sheet(folder: Path, story: Story, pictures: Sequence[Picture]) -> Path:
 
 
 def save_story(folder: Path, story: Story) -> None:
-    write_atomically(folder / STORY_FILE, dump_story(story).encode())
+    """Write the story into its folder.
+
+    Raises:
+        StoryError: another story is there already; an artist's file is never overwritten.
+    """
+    path = folder / STORY_FILE
+    if path.exists():
+        if load_story(path) == story:
+            return
+        raise StoryError(f"{path} holds another story.", "Choose another folder with -o.")
+    write_atomically(path, dump_story(story).encode())
 
 
 def open_folder(folder: Path) -> Story:
@@ -81,8 +91,8 @@ def latest_take(folder: Path, panel_id: str) -> Path | None:
     """The newest picture of a panel."""
     first = folder / f"{panel_id}.png"
     takes = {1: first} if first.is_file() else {}
-    for path in folder.glob(f"{panel_id}-take*.png"):
-        if match := re.fullmatch(re.escape(panel_id) + r"-take(\d+)\.png", path.name):
+    for path in folder.glob(f"{panel_id}.take*.png"):
+        if match := re.fullmatch(re.escape(panel_id) + r"\.take(\d+)\.png", path.name):
             takes[int(match[1])] = path
     return takes[max(takes)] if takes else None
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.common import MODEL, Budget, Ema, Run, cosine_lr
-from training.data import DATA, Pictures
+from training.data import DATA, SHARD, Pictures
 from training.encode import CHANNELS, Code, load_code, to_tensor
 
 CONFIG = dict(
@@ -59,15 +59,36 @@ def build() -> AutoencoderKL:
 
 
 def crops(pictures: Pictures, batch: int, size: int, rng: random.Random) -> Tensor:
-    """Crops on the patch grid, mirrored half of the time: (batch, 3, size, size) in [-1, 1]."""
-    out = np.empty((batch, size, size, 3), np.uint8)
+    """Crops on the patch grid: (batch, 3, size, size) in [-1, 1]."""
+    return to_tensor(
+        np.stack([pictures[i][y : y + size, x : x + size] for i, y, x in _spots(len(pictures), batch, size, rng)])
+    )
+
+
+def _spots(count: int, batch: int, size: int, rng: random.Random) -> list[tuple[int, int, int]]:
+    """(picture, top, left) of random crops whose corners lie on the patch grid."""
     steps = (256 - size) // 16 + 1
-    for row in out:
-        picture = pictures[rng.randrange(len(pictures))]
-        y, x = 16 * rng.randrange(steps), 16 * rng.randrange(steps)
-        crop = picture[y : y + size, x : x + size]
-        row[:] = crop[:, ::-1] if rng.random() < 0.5 else crop
-    return to_tensor(out)
+    return [(rng.randrange(count), 16 * rng.randrange(steps), 16 * rng.randrange(steps)) for _ in range(batch)]
+
+
+class DenoisedCrops:
+    """Crops of the U-Net's latents with the pictures they stand for (see `training.denoised`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.latents = [np.load(path) for path in sorted(folder.glob("denoised-*.npy"))]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.latents))
+
+    def draw(self, pictures: Pictures, batch: int, size: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Latents (batch, CHANNELS, size / 16, size / 16) and pixels (batch, 3, size, size)."""
+        spots = _spots(len(self), batch, size, rng)
+        g = size // 16
+        codes = [
+            self.latents[i // SHARD][i % SHARD][:, y // 16 : y // 16 + g, x // 16 : x // 16 + g] for i, y, x in spots
+        ]
+        pixels = to_tensor(np.stack([pictures[i][y : y + size, x : x + size] for i, y, x in spots]))
+        return torch.from_numpy(np.stack(codes)).float(), pixels
 
 
 def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -238,13 +259,17 @@ def train(args: argparse.Namespace) -> None:
             part.load_state_dict(saved)
         step, spent = state["step"], state["spent"]
         rng.seed(args.seed + step)
+    denoised = DenoisedCrops(args.data)
     budget = Budget(args.steps, args.minutes, spent)
     while (done := budget.done(step)) < 1:
         target = crops(pictures, args.batch, args.crop, rng)
         latents = code.encode(target)
         # the U-Net's mistakes: small in the coarse channels, large in the finest
-        amount = NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1)
-        output = vae.decode(latents + amount * torch.randn_like(latents)).sample
+        latents += NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+        if len(denoised):
+            half = args.batch // 2
+            latents[:half], target[:half] = denoised.draw(pictures, half, args.crop, rng)
+        output = vae.decode(latents).sample
         loss = reconstruction_loss(output, target)
         decoder.zero_grad(set_to_none=True)
         loss.backward()

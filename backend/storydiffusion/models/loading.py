@@ -17,7 +17,7 @@ import huggingface_hub
 import torch
 from transformers import CLIPTokenizer
 
-from storydiffusion.errors import ModelError
+from storydiffusion.errors import ModelError, OutOfMemoryError
 from storydiffusion.models.catalogue import COMMIT, load_catalogue
 from storydiffusion.models.checkpoint import checkpoint_family, component_parameters
 from storydiffusion.models.folder import WEIGHTED, choose_weights, inspect_folder, read_index, read_json
@@ -60,10 +60,17 @@ def load_pipeline(
         pipe = _load_folder(path, dtype) if path.is_dir() else _load_single_file(path, dtype, config)
     except ModelError:
         raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemoryError(
+            f"{path.name} does not fit in memory.", "Close other programs or choose a smaller model."
+        ) from error
     except NotImplementedError as error:  # torch: what the file did not fill cannot be moved
         raise ModelError(f"{path.name} lacks weights that a model of its kind has.", AGAIN) from error
     except Exception as error:  # the libraries raise of every kind, RuntimeError to KeyError
         raise ModelError(f"{path.name} could not be loaded: {error}", "Its parts may not fit together.") from error
+    if isinstance(pipe.scheduler, diffusers.PNDMScheduler):
+        # PNDM repeats its second timestep and so cannot begin in mid-schedule, which refining does
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 

@@ -109,6 +109,9 @@ def working_bytes(placement: Placement, width: int, height: int, panels: int = 1
 
 def apply_placement(pipe: Any, placement: Placement) -> Any:
     """Puts a pipeline, loaded in the placement's dtype, where the placement says; returns the pipeline."""
+    if placement.dtype == torch.float16 and getattr(pipe, "text_encoder_2", None) is not None:
+        # SDXL's autoencoder overflows in float16; encoding and decoding follow its own precision
+        pipe.vae.to(dtype=torch.float32)
     if placement.vae_slicing:
         pipe.vae.enable_slicing()
     if placement.vae_tiling:
