@@ -504,6 +504,15 @@ def test_a_folder_of_half_precision_is_float32_unless_asked_otherwise(family: st
     assert pixels(load_pipeline(str(folders[family]))).isfinite().all()
 
 
+def test_a_scheduler_that_cannot_begin_in_mid_schedule_is_replaced(tmp_path: Path) -> None:
+    pipe = tiny_sd15()
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_end=0.02)
+    pipe.save_pretrained(tmp_path)
+    scheduler = load_pipeline(tmp_path).scheduler
+    assert not isinstance(scheduler, PNDMScheduler)
+    assert scheduler.config.beta_end == 0.02
+
+
 def test_a_folder_may_hold_only_the_fp16_variant(tmp_path: Path) -> None:
     tiny_sd15().save_pretrained(tmp_path / "model", variant="fp16")
     assert torch.equal(pixels(load_pipeline(tmp_path / "model")), pixels(tiny_sd15()))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -71,7 +71,7 @@ def tiny_sd15() -> StableDiffusionPipeline:
         text_encoder=tiny_text(16),
         tokenizer=tiny_tokenizer(),
         unet=tiny_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        scheduler=DDIMScheduler(steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -57,7 +57,7 @@ PLACE_WORDS = {
     "desert": ("in the desert", "among the cacti"),
     "meadow": ("in a meadow", "in the meadow", "among the flowers"),
     "castle": ("at the castle", "in front of a castle"),
-    "farm": ("on the farm", "at a farm", "by the red barn"),
+    "farm": ("on the farm", "at a farm", "by the barn"),
     "bedroom": ("in the bedroom", "in a bedroom", "at home"),
     "library": ("in the library", "in a library", "among the books"),
 }

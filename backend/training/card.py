@@ -38,8 +38,10 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.probe --minutes 13    # the ruler, and what the U-Net's middle is aligned to
     python -m training.align
     python -m training.unet --minutes {unet_minutes:.0f}
+    python -m training.denoised              # what the U-Net makes of pictures, for the decoder
     python -m training.vae --minutes {vae_minutes:.0f}
     python -m training.clip vision --minutes 4
+    python -m training.assemble
     python -m training.card
 
 Longer is better: the U-Net is far from done (`--start-from resources/models/storyworld/unet` goes on).

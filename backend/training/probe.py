@@ -110,7 +110,7 @@ def train(args: argparse.Namespace) -> None:
     run = Run("probe")
     numbers, pictures = load_singles(args.data)
     truths = torch.tensor([[truth(data.scene(i), mirrored) for mirrored in (False, True)] for i in numbers])
-    probe = Probe()
+    probe = load_probe(args.start_from).train() if args.start_from else Probe()
     optimizer = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=0.05)
     ema = Ema(probe, 0.99)
     budget, step = Budget(args.steps, args.minutes), 0
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, help="a trained probe's folder to go on from")
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--measure", action="store_true", help="only measure the probe that is there")
     args = parser.parse_args()

@@ -239,7 +239,7 @@ def train(args: argparse.Namespace) -> None:
     save()
     final = averaged()
     show(final, args, run.folder / "samples-final.png")
-    export(final, args.out).to(dtype=torch.float16).save_pretrained(args.out)
+    final.half().save_pretrained(args.out / "unet")
 
 
 def main() -> None:

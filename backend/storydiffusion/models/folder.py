@@ -106,7 +106,8 @@ def inspect_folder(folder: Path) -> ModelFolder:
     for name in components:
         for path in (folder / name).glob("*config.json"):
             _refuse_code(path)
-    if read_json(folder / "unet" / "config.json").get("in_channels") != 4:
+    latent_channels = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
+    if read_json(folder / "unet" / "config.json").get("in_channels", 4) != latent_channels:
         raise ModelError(f"{folder.name} is an inpainting or other special model.", "Choose the base model.")
     weighted = [name for name in WEIGHTED if name in components]
     files = {name: [path.name for path in (folder / name).glob("*")] for name in weighted}
