@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )

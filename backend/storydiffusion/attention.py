@@ -92,7 +92,7 @@ class Plan:
 #: (`storydiffusion evaluate consistency` prints the comparison).
 PLANS: dict[str, Plan] = {
     "paper": Plan("paper"),
-    "default": Plan("default", where=EVERYWHERE, rate=1.0, weight=2.0, reference_weight=4.0),
+    "default": Plan("default", where=EVERYWHERE, rate=1.0, weight=4.0, reference_weight=16.0),
     "everywhere": Plan("everywhere", where=EVERYWHERE, rate=1.0),
 }
 

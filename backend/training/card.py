@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, default=MODEL / "evaluation.json")
     parser.add_argument("--unet-minutes", type=float, default=60)
     parser.add_argument("--vae-minutes", type=float, default=15)
-    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
     plot(args.model / "curves.png")
     accuracy = json.loads((PROBE / "accuracy.json").read_text())
