@@ -25,6 +25,7 @@ from storydiffusion.attention import (
     sample_tokens,
 )
 from storydiffusion.errors import PlanError
+from storydiffusion.resources import resources
 from tiny import tiny_unet
 
 
@@ -299,3 +300,21 @@ def test_heads_with_their_own_norms_are_respected() -> None:
             consistency.next_call(joint_layout(2))
             ours = attn(x)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [PLANS["paper"], PLANS["default"]])
+def test_the_embedded_models_unet_gives_the_same_with_the_literal_formula(plan: Plan) -> None:
+    unet = UNet2DConditionModel.from_pretrained(
+        resources() / "models" / "storyworld" / "unet", torch_dtype=torch.float32
+    ).eval()
+    x = torch.randn(6, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(6, 56, 192, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for literal in (False, True):
+        consistency = ConsistentSelfAttention(plan, seed=3, literal=literal)
+        with consistency.attached(unet), torch.no_grad():
+            consistency.begin_step(0, 0.0, (16, 16))
+            consistency.next_call(joint_layout(3))
+            outputs.append(unet(x, 500, text).sample)
+    difference = (outputs[0] - outputs[1]).abs().max()
+    assert difference < 1e-5 * outputs[0].abs().max().clamp(min=1), f"they differ by {difference}"

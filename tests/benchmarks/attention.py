@@ -100,7 +100,7 @@ def forms(attn: Any, x: Tensor, reference: Path | None) -> dict[str, Callable[[]
     made = {"floor": floor, "vanilla": vanilla, "ours": ours, "gather": gather, "masked": masked}
     if reference:
         processor = load_reference(reference).SpatialAttnProcessor2_0(id_length=PANELS, device="cpu", dtype=x.dtype)
-        made["reference"] = lambda: processor.__call1__(attn, x, attention_mask=flat)
+        made["reference"] = lambda: processor.__call1__(attn, x, attention_mask=flat).reshape(x.shape)
     return made
 
 
