@@ -35,12 +35,12 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.data                  # draws 32,000 pictures
     python -m training.encode                # the linear latent code, and the pictures in it
     python -m training.clip text --minutes 4
-    python -m training.probe --minutes 13    # the ruler, and what the U-Net's middle is aligned to
+    python -m training.probe --minutes 10    # the ruler, and what the U-Net's middle is aligned to
     python -m training.align
     python -m training.unet --minutes {unet_minutes:.0f}
     python -m training.denoised              # what the U-Net makes of pictures, for the decoder
     python -m training.vae --minutes {vae_minutes:.0f}
-    python -m training.clip vision --minutes 4
+    python -m training.clip vision --minutes 4   # the vision tower; not run yet for these weights
     python -m training.assemble
     python -m training.card
 
