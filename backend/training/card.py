@@ -44,7 +44,10 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.assemble
     python -m training.card
 
-Longer is better: the U-Net is far from done (`--start-from resources/models/storyworld/unet` goes on).
+These weights came about in two parts: the U-Net ran 15 minutes without alignment, then 40 with it and with
+the loss weighted as pixels see it; the probe ran twice 5 minutes, the second time with `--start-from`, after
+the U-Net. One run of the recipe above is expected to do no worse, but has not been made. Longer is better: the
+U-Net is far from done (`--start-from resources/models/storyworld/unet` goes on).
 
 ![curves](curves.png)
 
