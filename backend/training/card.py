@@ -32,22 +32,23 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
 `build/runs/STAGE/state.pt` after a stop. On two CPU cores, in this order:
 
     pip install -e '.[plot]'
-    python -m training.data                  # draws 32,000 pictures
-    python -m training.encode                # the linear latent code, and the pictures in it
+    python -m training.data                  # draws 20,000 pictures
+    python -m training.encode                # the latent code, and the pictures in it
     python -m training.clip text --minutes 4
-    python -m training.probe --minutes 10    # the ruler, and what the U-Net's middle is aligned to
-    python -m training.align
     python -m training.unet --minutes {unet_minutes:.0f}
+    python -m training.vae encoder --minutes {encoder_minutes:.0f}
     python -m training.denoised              # what the U-Net makes of pictures, for the decoder
-    python -m training.vae --minutes {vae_minutes:.0f}
-    python -m training.clip vision --minutes 4   # the vision tower; not run yet for these weights
+    python -m training.vae decoder --minutes {decoder_minutes:.0f}
+    python -m training.clip vision --minutes 4
+    python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
     python -m training.card
 
-These weights came about in two parts: the U-Net ran 15 minutes without alignment, then 40 with it and with
-the loss weighted as pixels see it; the probe ran twice 5 minutes, the second time with `--start-from`, after
-the U-Net. One run of the recipe above is expected to do no worse, but has not been made. Longer is better: the
-U-Net is far from done (`--start-from resources/models/storyworld/unet` goes on).
+A latent is 48 numbers for 16 x 16 pixels: 16 principal components of the colours, and 32 that say what is shown
+there (whose patch it is, of what kind, in which clothes, where on the figure, in which place: `training/fields.py`).
+The components are exact by construction, the rest the encoder learns to read off pixels and the decoder to draw.
+
+{history}
 
 ![curves](curves.png)
 
@@ -74,7 +75,7 @@ def curve(name: str) -> list[dict[str, float]]:
 
 
 def plot(out: Path) -> None:
-    wanted = [("clip-text", "right"), ("probe", "loss"), ("unet", "loss"), ("unet", "alignment"), ("vae", "psnr")]
+    wanted = [("clip-text", "right"), ("unet", "loss"), ("encoder", "fields"), ("decoder", "psnr"), ("probe", "loss")]
     figure, axes = plt.subplots(1, len(wanted), figsize=(3.2 * len(wanted), 2.6))
     for axis, (name, column) in zip(axes, wanted, strict=True):
         rows = [row for row in curve(name) if column in row]
@@ -130,7 +131,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--evaluation", type=Path, default=MODEL / "evaluation.json")
     parser.add_argument("--unet-minutes", type=float, default=60)
-    parser.add_argument("--vae-minutes", type=float, default=15)
+    parser.add_argument("--encoder-minutes", type=float, default=8)
+    parser.add_argument("--decoder-minutes", type=float, default=20)
+    parser.add_argument("--history", default="", help="how these weights came about, where not as above")
     parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
     plot(args.model / "curves.png")
@@ -140,7 +143,9 @@ def main() -> None:
         words=len(words),
         parts=parts(args.model),
         unet_minutes=args.unet_minutes,
-        vae_minutes=args.vae_minutes,
+        encoder_minutes=args.encoder_minutes,
+        decoder_minutes=args.decoder_minutes,
+        history=args.history,
         figures=figures(args.evaluation),
         held_out=args.held_out,
         probe=", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()),

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -30,7 +29,7 @@ from transformers import (
 )
 
 from training import captions, data, world
-from training.common import MODEL, Budget, Ema, Run, cosine_lr, save_tensors
+from training.common import MODEL, Training, save_tensors, training_options
 
 MAX_LENGTH = 56
 WIDTH = 192
@@ -165,38 +164,24 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 def train_text(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    run = Run("clip-text")
-    rng = random.Random(f"text{args.seed}")
     tokenizer = build_tokenizer()
-    tower = CLIPTextModel(text_config(tokenizer))
-    heads = Heads(WIDTH)
-    modules = nn.ModuleDict({"tower": tower, "heads": heads})
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    ema = Ema(modules, 0.99)
-    budget, step = Budget(args.steps, args.minutes), 0
-    while (done := budget.done(step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(done, step, args.lr)
+    tower, heads = CLIPTextModel(text_config(tokenizer)), Heads(WIDTH)
+    both = nn.ModuleDict({"tower": tower, "heads": heads})
+    training = Training("clip-text", both, args, ema=0.99, weight_decay=0.02, muon=False, warmup=100)
+    rng = random.Random(f"text{training.seed}")
+    for _ in training:
         ids, truth = text_batch(tokenizer, rng, args.batch)
         loss, right = slot_loss(heads(tower(ids).pooler_output), truth, masked=False)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        ema.update(modules, step)
-        if step % 50 == 0:
-            run.log(step, loss=loss.item(), right=right)
-        step += 1
-    modules.load_state_dict(ema.shadow)
-    tower.eval()
+        training.learn(loss, right=right)
+    training.finish()
     with torch.no_grad():
         ids, truth = text_batch(tokenizer, rng, 512)
         _, right = slot_loss(heads(tower(ids).pooler_output), truth, masked=False)
-    run.log(step, right_held_out=right)
+    print(f"held out: {right:.4f} of the slots right", flush=True)
     tower.half().save_pretrained(args.out / "text_encoder")
     tokenizer.save_pretrained(args.out / "tokenizer")
     (args.out / "vocabulary.txt").write_text("\n".join(captions.vocabulary()) + "\n")
-    save_tensors(heads.state_dict(), run.folder / "heads.safetensors")
+    save_tensors(heads.state_dict(), training.run.folder / "heads.safetensors")
 
 
 def image_processor() -> CLIPImageProcessor:
@@ -207,8 +192,6 @@ def image_processor() -> CLIPImageProcessor:
 
 def train_vision(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    run = Run("clip-vision")
-    rng = random.Random(f"vision{args.seed}")
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.out / "text_encoder", dtype=torch.float32).eval()
     text.requires_grad_(False)
@@ -224,69 +207,42 @@ def train_vision(args: argparse.Namespace) -> None:
             hidden_act="gelu",
         )
     )
-    modules = nn.ModuleDict(
-        {
-            "vision": vision,
-            "heads": Heads(WIDTH),
-            "text_projection": nn.Linear(WIDTH, PROJECTION, bias=False),
-            "logit_scale": nn.ParameterList([nn.Parameter(torch.tensor(2.66))]),
-        }
-    )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    ema = Ema(modules, 0.99)
-    pictures = data.Pictures(args.data)
-    budget, step = Budget(args.steps, args.minutes), 0
-    while (done := budget.done(step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(done, step, args.lr)
-        numbers = [rng.randrange(len(pictures)) for _ in range(args.batch)]
-        scenes = [data.scene(i) for i in numbers]
-        ids = tokenize(tokenizer, [captions.describe(scene, rng).text for scene in scenes])
+    heads, text_projection = Heads(WIDTH), nn.Linear(WIDTH, PROJECTION, bias=False)
+    logit_scale = nn.Parameter(torch.tensor(2.66))
+    learned = nn.ModuleDict({"vision": vision, "heads": heads, "text_projection": text_projection})
+    learned.register_parameter("logit_scale", logit_scale)
+    training = Training("clip-vision", learned, args, ema=0.99, weight_decay=0.02, warmup=100)
+    rng, pictures, target = random.Random(f"vision{training.seed}"), data.Pictures(args.data), torch.arange(args.batch)
+
+    def similarity(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """CLIP's logits of pictures against their own and each other's captions, and the pooled states."""
+        ids = tokenize(tokenizer, [captions.describe(data.scene(i), rng).text for i in numbers])
         pixels = torch.stack([torch.from_numpy(pictures[i].copy()) for i in numbers]).permute(0, 3, 1, 2)
-        pixels = F.avg_pool2d(pixels.float() / 127.5 - 1, 2)
-        with torch.no_grad():
-            pooled_text = text(ids).pooler_output
-        seen = vision(pixel_values=pixels)
-        pooled = vision.vision_model.post_layernorm(seen.last_hidden_state[:, 0])
-        logits, right = slot_loss(modules["heads"](pooled), torch.tensor([image_truth(s) for s in scenes]), masked=True)
-        a = F.normalize(seen.image_embeds, dim=-1)
-        b = F.normalize(modules["text_projection"](pooled_text), dim=-1)
-        similarity = next(modules["logit_scale"].parameters()).clamp(max=4.6).exp() * a @ b.T
-        target = torch.arange(len(scenes))
-        contrast = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-        loss = logits + 0.5 * contrast
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        ema.update(modules, step)
-        if step % 25 == 0:
-            top1 = (similarity.argmax(1) == target).float().mean().item()
-            run.log(step, attributes=logits.item(), right=right, contrast=contrast.item(), top1=top1)
-        step += 1
-    modules.load_state_dict(ema.shadow)
+        seen = vision(pixel_values=F.avg_pool2d(pixels.float() / 127.5 - 1, 2))
+        b = F.normalize(text_projection(text(ids).pooler_output), dim=-1)
+        logits = logit_scale.clamp(max=4.6).exp() * F.normalize(seen.image_embeds, dim=-1) @ b.T
+        return logits, vision.vision_model.post_layernorm(seen.last_hidden_state[:, 0])
+
+    for _ in training:
+        numbers = [rng.randrange(len(pictures)) for _ in range(args.batch)]
+        logits, pooled = similarity(numbers)
+        truth = torch.tensor([image_truth(data.scene(i)) for i in numbers])
+        attributes, right = slot_loss(heads(pooled), truth, masked=True)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        top1 = (logits.argmax(1) == target).float().mean().item()
+        training.learn(attributes + 0.5 * contrast, right=right, contrast=contrast.item(), top1=top1)
+    training.finish()
     vision.half().save_pretrained(args.out / "image_encoder")
     image_processor().save_pretrained(args.out / "feature_extractor")
-    state = {k: v.half() for k, v in modules["text_projection"].state_dict().items()}
-    save_tensors(
-        {"text_projection." + k: v for k, v in state.items()},
-        args.out / "image_encoder" / "clip_text_projection.safetensors",
-    )
-    run.log(step, finished=1.0)
+    state = {"text_projection.weight": text_projection.weight.detach().half()}
+    save_tensors(state, args.out / "image_encoder" / "clip_text_projection.safetensors")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = training_options(__doc__, MODEL, steps=2500, batch=64, lr=1e-3)
     parser.add_argument("tower", choices=("text", "vision"))
-    parser.add_argument("--data", type=Path, default=data.DATA)
-    parser.add_argument("--out", type=Path, default=MODEL)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--minutes", type=float, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    (train_text if args.tower == "text" else train_vision)(args)
+    train_text(args) if args.tower == "text" else train_vision(args)
 
 
 if __name__ == "__main__":

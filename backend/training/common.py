@@ -1,12 +1,13 @@
-"""What every training stage shares: schedules, averages, checkpoints that survive, curves."""
+"""What every training stage shares: one loop with its schedule, average, curve and checkpoints."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,42 @@ class Ema:
                 self.shadow[name].copy_(value)
 
 
+class MuonAndAdam:
+    """torch's Muon (Jordan et al. 2024) on convolutions and linear maps, seen as matrices
+    (out, everything else), AdamW on the rest and on what is too thin to have directions."""
+
+    def __init__(
+        self, module: nn.Module, lr: float, *, adam: float = 1.0, weight_decay: float = 0.0, muon: bool = True
+    ) -> None:
+        """AdamW's rate is `adam * lr`; without `muon` it has everything."""
+        learning = [p for p in module.parameters() if p.requires_grad]
+        self.kernels = [p for p in learning if muon and p.ndim in (2, 4) and min(p.shape[:2]) > 3]
+        ids = {id(p) for p in self.kernels}
+        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.kernels]  # same storage
+        rest = [p for p in learning if id(p) not in ids]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if self.matrices:
+            directed = torch.optim.Muon(self.matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append((directed, lr))
+        self.parts.append((torch.optim.AdamW(rest, adam * lr, (0.9, 0.98), weight_decay=weight_decay), adam * lr))
+
+    def step(self, scale: float) -> None:
+        """One step at `scale` times the peak learning rates."""
+        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+        for optimizer, lr in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+            optimizer.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part, _ in self.parts]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        for (part, _), state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
 class Run:
     """A training run's folder: `curve.csv` to plot, `state.pt` to resume from.
 
@@ -92,6 +129,94 @@ class Run:
             return None
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
+
+
+class Training:
+    """One stage's loop: `for step in training: ...; training.learn(loss)`, then `finish()`.
+
+    Goes on where `state.pt` of the run of this name stopped. `--minutes` or `--steps` end it, on a
+    cosine schedule; a resumed run that is given more than before stretches it.
+    """
+
+    SAVE_EVERY = 4.0  # minutes
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        args: argparse.Namespace,
+        *,
+        ema: float,
+        warmup: int = 50,
+        log_every: int = 25,
+        **optimizer: Any,
+    ) -> None:
+        self.run, self.module, self.warmup, self.log_every = Run(name), module, warmup, log_every
+        self.optimizer, self.ema = MuonAndAdam(module, args.lr, **optimizer), Ema(module, ema)
+        self.step, spent = 0, 0.0
+        if state := self.run.load():
+            module.load_state_dict(state["model"])
+            self.ema.shadow = state["ema"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, spent = state["step"], state["spent"]
+        self.budget = Budget(args.steps, args.minutes, spent)
+        self.saved = self.budget.spent
+        #: Another one after every stop: a resumed run must not see the same batches again.
+        self.seed: int = args.seed + self.step
+        torch.manual_seed(self.seed)
+        print(f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters", flush=True)
+
+    def __iter__(self) -> Iterator[int]:
+        while (done := self.budget.done(self.step)) < 1:
+            self.done = done
+            yield self.step
+            if self.budget.spent - self.saved > self.SAVE_EVERY:
+                self.save()
+
+    def learn(self, loss: Tensor, **figures: float) -> None:
+        """One step down `loss`'s gradient; every now and then it is logged with `figures`."""
+        self.module.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step(cosine_lr(self.done, self.step, 1.0, self.warmup))
+        self.ema.update(self.module, self.step)
+        if self.step % self.log_every == 0:
+            self.run.log(self.step, loss=loss.item(), **figures, done=self.done)
+        self.step += 1
+
+    def save(self) -> None:
+        self.run.save(
+            {
+                "model": self.module.state_dict(),
+                "ema": self.ema.shadow,
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "spent": self.budget.spent,
+            }
+        )
+        self.saved = self.budget.spent
+
+    def finish(self) -> None:
+        """Save, and leave the averaged weights in the module."""
+        self.save()
+        self.module.load_state_dict(self.ema.shadow)
+        self.module.eval()
+
+
+def training_options(
+    description: str | None, out: Path, *, steps: int, batch: int, lr: float
+) -> argparse.ArgumentParser:
+    """The options every stage has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, default=Path("build/storyworld"))
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--minutes", type=float, default=0, help="run by the clock instead of --steps")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, help="a folder of trained weights to go on from")
+    return parser
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

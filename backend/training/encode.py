@@ -1,9 +1,10 @@
 """The latent code and the training latents: `python -m training.encode`.
 
-The code is linear: the principal components of 16 x 16 patches, 32 of them, each scaled by its
-deviation to the power -0.6 (between raw, where details drown in noise at once, and white, where they
-cost as much as colours). It is found in closed form, so the U-Net can be trained while the
-autoencoder that reads and, much better than linearly, writes it is still learning (`training.vae`).
+A latent is 48 numbers a patch of 16 x 16 pixels: 16 principal components of its colours, each scaled
+by its deviation to the power -0.6 (between raw, where details drown in noise at once, and white,
+where they cost as much as colours), and 32 that say what it shows (`training.fields`). Both are known
+without training, so the U-Net can be trained before the autoencoder that reads and writes them
+(`training.vae`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,31 +21,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training import data, fields
 from training.common import load_tensors, save_tensors
 from training.data import DATA, SHARD, Pictures
+from training.fields import PATCH
 
-PATCH = 16
-CHANNELS = 32
+COMPONENTS = 16
+CHANNELS = COMPONENTS + fields.CHANNELS
 WHITENING = 0.6
 
 
 @dataclass(frozen=True)
 class Code:
-    """latents = directions @ (patch - mean), patch of (3 * 16 * 16) values in [-1, 1]."""
+    """components = directions @ (patch - mean), patch of (3 * 16 * 16) values in [-1, 1]."""
 
     mean: Tensor
     directions: Tensor
     inverse: Tensor
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, height, width) in [-1, 1] -> (batch, CHANNELS, height / 16, width / 16)."""
-        weight = self.directions.view(CHANNELS, 3, PATCH, PATCH)
+        """(batch, 3, height, width) in [-1, 1] -> (batch, COMPONENTS, height / 16, width / 16)."""
+        weight = self.directions.view(COMPONENTS, 3, PATCH, PATCH)
         return F.conv2d(pixels, weight, -self.directions @ self.mean, stride=PATCH)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The linear reconstruction, blocky; the autoencoder's decoder does better."""
-        patches = torch.einsum("dc,bchw->bdhw", self.inverse, latents) + self.mean.view(1, -1, 1, 1)
+        """The linear reconstruction of the components, blocky; what the other channels say is ignored."""
+        patches = torch.einsum("dc,bchw->bdhw", self.inverse, latents[:, :COMPONENTS]) + self.mean.view(1, -1, 1, 1)
         return F.pixel_shuffle(patches, PATCH)
+
+    def channel_weights(self) -> Tensor:
+        """What an error of each latent channel costs, mean about 1: (CHANNELS,). Components count by
+        what they do to pixels."""
+        pixels = self.inverse.square().sum(0)
+        return torch.cat([pixels / pixels.mean(), torch.ones(fields.CHANNELS)])
 
     def save(self, path: Path) -> None:
         save_tensors({"mean": self.mean, "directions": self.directions, "inverse": self.inverse}, path)
@@ -65,7 +75,9 @@ def fit_code(pictures: Pictures, count: int = 1500, seed: int = 0) -> Code:
         n += len(rows)
     mean = total / n
     values, vectors = torch.linalg.eigh(gram / n - mean[:, None] * mean)
-    vectors, std = vectors.flip(1).T[:CHANNELS], values.flip(0)[:CHANNELS].sqrt()
+    vectors, std = vectors.flip(1).T[:COMPONENTS], values.flip(0)[:COMPONENTS].sqrt()
+    kept = values.flip(0)[:COMPONENTS].sum() / values.sum()
+    print(f"{COMPONENTS} components keep {float(kept):.4f} of the variance", flush=True)
     scale = std**-WHITENING
     scale = scale / (std * scale).square().mean().sqrt()
     return Code(
@@ -85,20 +97,32 @@ def latents_path(folder: Path, number: int) -> Path:
 
 
 @torch.no_grad()
+def encode_shard(folder: Path, number: int) -> None:
+    """Latents of one shard's pictures: (SHARD, CHANNELS, 16, 16) float16."""
+    torch.set_num_threads(1)
+    code = load_code(folder)
+    pictures = np.load(data.shard_path(folder, number), mmap_mode="r")
+    components = np.concatenate(
+        [code.encode(to_tensor(pictures[i : i + 50])).half().numpy() for i in range(0, SHARD, 50)]
+    )
+    shown = np.stack([fields.draw(data.scene(number * SHARD + i)) for i in range(SHARD)]).astype(np.float16)
+    path = latents_path(folder, number)
+    with path.with_suffix(".part").open("wb") as file:
+        np.save(file, np.concatenate([components, shown], 1))
+    os.replace(path.with_suffix(".part"), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     pictures = Pictures(args.data)
-    code = fit_code(pictures)
-    code.save(args.data / "code.safetensors")
-    for number, shard in enumerate(pictures.shards):
-        codes = np.concatenate([code.encode(to_tensor(shard[i : i + 50])).half().numpy() for i in range(0, SHARD, 50)])
-        path = latents_path(args.data, number)
-        with path.with_suffix(".part").open("wb") as file:
-            np.save(file, codes)
-        os.replace(path.with_suffix(".part"), path)
-        print(f"latents {number + 1} of {len(pictures.shards)}", flush=True)
+    fit_code(pictures).save(args.data / "code.safetensors")
+    count = len(pictures.shards)
+    with ProcessPoolExecutor(args.workers) as pool:
+        for number, _ in enumerate(pool.map(encode_shard, [args.data] * count, range(count))):
+            print(f"latents {number + 1} of {count}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import data, world
-from training.common import Budget, Ema, Run, cosine_lr, load_tensors, save_tensors
+from training.common import Training, load_tensors, save_tensors, training_options
 from training.encode import load_code, to_tensor
 
 PROBE = Path("resources/models/probe")
@@ -104,35 +104,30 @@ def roughen(x: Tensor) -> Tensor:
     return torch.where(kinds == 0, blurred, torch.where(kinds == 1, noisy, x))
 
 
+def shifted(x: Tensor, rng: random.Random, most: int = 4) -> Tensor:
+    """The batch moved by up to `most` pixels, its edges repeated."""
+    left, top = rng.randint(0, 2 * most), rng.randint(0, 2 * most)
+    padded = F.pad(x, (most,) * 4, mode="replicate")
+    return padded[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+
 def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-    run = Run("probe")
     numbers, pictures = load_singles(args.data)
     truths = torch.tensor([[truth(data.scene(i), mirrored) for mirrored in (False, True)] for i in numbers])
+    torch.manual_seed(args.seed)
     probe = load_probe(args.start_from).train() if args.start_from else Probe()
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=args.lr, weight_decay=0.05)
-    ema = Ema(probe, 0.99)
-    budget, step = Budget(args.steps, args.minutes), 0
-    while (done := budget.done(step)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(done, step, args.lr)
+    training = Training("probe", probe, args, ema=0.99, weight_decay=0.05)
+    rng = random.Random(training.seed)
+    for _ in training:
         chosen = torch.tensor([rng.randrange(len(numbers)) for _ in range(args.batch)])
         version = (torch.rand(args.batch) < 0.35).long()
         mirrored = bool(rng.random() < 0.5)
         x = pictures[chosen, version].float() / 127.5 - 1
         target = truths[chosen, int(mirrored)]
-        x = roughen(x.flip(-1) if mirrored else x)
+        x = shifted(roughen(x.flip(-1) if mirrored else x), rng)
         losses = [F.cross_entropy(logits, target[:, n], ignore_index=-100) for n, logits in enumerate(probe(x))]
-        loss = torch.stack(losses).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        ema.update(probe, step)
-        if step % 50 == 0:
-            run.log(step, loss=loss.item())
-        step += 1
-    probe.load_state_dict(ema.shadow)
+        training.learn(torch.stack(losses).sum())
+    training.finish()
     state = {k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}
     save_tensors(state, args.out / "probe.safetensors")
     accuracy = held_out_accuracy(load_probe(args.out), args.held_out)
@@ -153,15 +148,7 @@ def held_out_accuracy(probe: Probe, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=data.DATA)
-    parser.add_argument("--out", type=Path, default=PROBE)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--minutes", type=float, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start-from", type=Path, help="a trained probe's folder to go on from")
+    parser = training_options(__doc__, PROBE, steps=3000, batch=64, lr=2e-3)
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--measure", action="store_true", help="only measure the probe that is there")
     args = parser.parse_args()

@@ -1,10 +1,12 @@
-"""Stage 5, the autoencoder that reads and writes the linear code: `python -m training.vae`.
+"""Stage 5, the autoencoder that reads and writes the latent code: `python -m training.vae encoder`,
+then `python -m training.vae decoder`.
 
-The U-Net speaks `encode.Code`. The encoder of a stock AutoencoderKL is set to that code in closed
-form: principal components level by level, least squares at the last convolution. The decoder starts
-from least squares too and is then trained, on crops, to do what no linear map can: crisp contours
-and even fills, from latents with a little noise on them, so that it forgives what the U-Net gets
-wrong. Convolutions are optimised by Muon (Jordan et al. 2024), everything else by AdamW.
+The U-Net speaks `encode`'s code. The encoder of a stock AutoencoderKL computes its components in
+closed form (principal components level by level, least squares at the last convolution); the layers
+on the coarsest grid then learn to read the fields, what the picture shows, as a classifier would. The
+decoder starts from least squares and is trained, on crops, to do what no linear map can: draw. Its
+latents carry noise and, for half of the batch, are what the U-Net made (`training.denoised`), so that
+it forgives what the U-Net gets wrong. Both are optimised by Muon.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ import argparse
 import random
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.common import MODEL, Budget, Ema, Run, cosine_lr
-from training.data import DATA, SHARD, Pictures
-from training.encode import CHANNELS, Code, load_code, to_tensor
+from training import data, fields, world
+from training.common import MODEL, Training, training_options
+from training.data import SHARD, Pictures
+from training.encode import CHANNELS, COMPONENTS, Code, load_code, to_tensor
 
 CONFIG = dict(
     in_channels=3,
@@ -32,12 +36,12 @@ CONFIG = dict(
     layers_per_block=1,
     latent_channels=CHANNELS,
     norm_num_groups=1,
-    mid_block_add_attention=False,  # fully convolutional: crops in training, any size after
+    mid_block_add_attention=True,  # the encoder's: a figure's feet say what its head wears
     sample_size=256,
     scaling_factor=1.0,
 )
-#: The most noise a latent channel is given in training, coarse to fine.
-NOISE = torch.linspace(0.1, 0.6, CHANNELS)
+#: The most noise a latent channel is given in training: components coarse to fine, then fields.
+NOISE = torch.cat([torch.linspace(0.1, 0.5, COMPONENTS), torch.full((fields.CHANNELS,), 0.3)])
 #: Constant channels of this size make the output GroupNorms (over all channels) a fixed scale.
 CONSTANT = 8.0
 #: SiLU is nearly linear around this input.
@@ -55,40 +59,32 @@ def build() -> AutoencoderKL:
                 nn.init.normal_(module.weight, std=0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for half in (vae.encoder, vae.decoder):
+        nn.init.zeros_(half.mid_block.attentions[0].to_out[0].weight)
+        nn.init.zeros_(half.mid_block.attentions[0].to_out[0].bias)
+    # the decoder stays fully convolutional: it learns from crops and draws at any size
+    vae.decoder.mid_block.attentions.requires_grad_(False)
     return vae
 
 
-def crops(pictures: Pictures, batch: int, size: int, rng: random.Random) -> Tensor:
-    """Crops on the patch grid: (batch, 3, size, size) in [-1, 1]."""
-    return to_tensor(
-        np.stack([pictures[i][y : y + size, x : x + size] for i, y, x in _spots(len(pictures), batch, size, rng)])
-    )
+class Crops:
+    """Crops of stored latents with the pictures they stand for. `kind` 'latents': the exact codes;
+    'denoised': the U-Net's (`training.denoised`), empty until they are made."""
 
-
-def _spots(count: int, batch: int, size: int, rng: random.Random) -> list[tuple[int, int, int]]:
-    """(picture, top, left) of random crops whose corners lie on the patch grid."""
-    steps = (256 - size) // 16 + 1
-    return [(rng.randrange(count), 16 * rng.randrange(steps), 16 * rng.randrange(steps)) for _ in range(batch)]
-
-
-class DenoisedCrops:
-    """Crops of the U-Net's latents with the pictures they stand for (see `training.denoised`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.latents = [np.load(path) for path in sorted(folder.glob("denoised-*.npy"))]
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.latents = [np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{kind}-*.npy"))]
 
     def __len__(self) -> int:
         return sum(map(len, self.latents))
 
     def draw(self, pictures: Pictures, batch: int, size: int, rng: random.Random) -> tuple[Tensor, Tensor]:
-        """Latents (batch, CHANNELS, size / 16, size / 16) and pixels (batch, 3, size, size)."""
-        spots = _spots(len(self), batch, size, rng)
-        g = size // 16
-        codes = [
-            self.latents[i // SHARD][i % SHARD][:, y // 16 : y // 16 + g, x // 16 : x // 16 + g] for i, y, x in spots
-        ]
-        pixels = to_tensor(np.stack([pictures[i][y : y + size, x : x + size] for i, y, x in spots]))
-        return torch.from_numpy(np.stack(codes)).float(), pixels
+        """Latents (batch, CHANNELS, size / 16, size / 16) and pixels (batch, 3, size, size) in
+        [-1, 1]; corners lie on the patch grid."""
+        steps, g = (256 - size) // 16 + 1, size // 16
+        spots = [(rng.randrange(len(self)), rng.randrange(steps), rng.randrange(steps)) for _ in range(batch)]
+        codes = [self.latents[i // SHARD][i % SHARD][:, y : y + g, x : x + g] for i, y, x in spots]
+        pixels = [pictures[i][16 * y : 16 * y + size, 16 * x : 16 * x + size] for i, y, x in spots]
+        return torch.from_numpy(np.stack(codes)).float(), to_tensor(np.stack(pixels))
 
 
 def principal(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -139,42 +135,68 @@ def _linearise(norm: nn.GroupNorm, gain: float) -> None:
     norm.bias.fill_(LINEAR)
 
 
+def linear_levels(vae: AutoencoderKL, x: Tensor) -> list[Tensor]:
+    """The features of each level as the encoder set in closed form computes them, without the
+    residual branches that are zero: pixels first, (batch, 128, height / 16, width / 16) last."""
+    levels = [x]
+    for block in vae.encoder.down_blocks:
+        if block.downsamplers is not None:
+            conv, channels = block.downsamplers[0].conv, levels[-1].shape[1]
+            n = min(conv.out_channels, 4 * channels)
+            levels.append(F.conv2d(levels[-1], conv.weight[:n, :channels, :2, :2], conv.bias[:n], stride=2))
+    return levels
+
+
+def read_tail(vae: AutoencoderKL, features: Tensor) -> Tensor:
+    """The rest of the encoder: the last of `linear_levels` -> mean latents."""
+    h = vae.encoder.mid_block(vae.encoder.down_blocks[-1](features))
+    out: Tensor = vae.encoder.conv_out(F.silu(vae.encoder.conv_norm_out(h)))[:, :CHANNELS]
+    return out
+
+
 @torch.no_grad()
-def set_encoder(vae: AutoencoderKL, code: Code, x: Tensor) -> list[Tensor]:
-    """Make the encoder compute `code`; the features of each level for the pictures `x`."""
+def set_encoder(vae: AutoencoderKL, code: Code, x: Tensor) -> None:
+    """Make the encoder compute the components of `code`, in closed form from the pictures `x`."""
     encoder = vae.encoder
     _embed(encoder.conv_in, 3)
-    levels = [x]
+    level = x
     for block in encoder.down_blocks:
         if block.resnets[0].conv_shortcut is not None:
-            _embed(block.resnets[0].conv_shortcut, levels[-1].shape[1])
+            _embed(block.resnets[0].conv_shortcut, level.shape[1])
         if block.downsamplers is None:
             continue
         conv = block.downsamplers[0].conv
-        patches = F.pixel_unshuffle(levels[-1], 2)
+        patches = F.pixel_unshuffle(level, 2)
         mean, directions = principal(_rows(patches), min(conv.out_channels, patches.shape[1]))
-        n, channels = len(directions), levels[-1].shape[1]
+        n, channels = len(directions), level.shape[1]
         conv.weight[:n] = 0
         conv.weight[:n, :channels, :2, :2] = directions.view(n, channels, 2, 2)
         conv.bias[:n] = -directions @ mean
-        levels.append(F.conv2d(levels[-1], conv.weight[:n, :channels, :2, :2], conv.bias[:n], stride=2))
-    used, channels = levels[-1].shape[1], encoder.conv_norm_out.num_channels
+        level = F.conv2d(level, conv.weight[:n, :channels, :2, :2], conv.bias[:n], stride=2)
+    used, channels = level.shape[1], encoder.conv_norm_out.num_channels
     encoder.down_blocks[-1].resnets[0].conv_shortcut.bias[used:] = 6 * _constants(channels - used)
     gain = 6 * CONSTANT * ((channels - used) / channels) ** 0.5
     _linearise(encoder.conv_norm_out, gain)
     encoder.conv_norm_out.weight.mul_(0.25)  # smaller around the middle of SiLU's straight part
+    # what learns to read the fields sees every component at about unit size, fine ones a bit less
+    sizes = gain * _rows(level).std(0).clamp(min=1e-2) ** -0.7
+    mid = encoder.mid_block
+    for norm in (mid.resnets[0].norm1, mid.resnets[1].norm1, mid.attentions[0].group_norm):
+        norm.weight[:used], norm.weight[used:] = sizes, 0
+    first = encoder.down_blocks[-1].resnets[0].norm1  # sees no constants yet
+    first.weight.copy_(_rows(level).std() * sizes / gain)
     seen: list[Tensor] = []
     hook = encoder.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    for some in x.split(20):
-        encoder(some)
+    for some in level.split(50):
+        read_tail(vae, some)
     hook.remove()
     w, b = regress(_rows(torch.cat(seen)), _rows(code.encode(x)), 1e-9)
     encoder.conv_out.weight.zero_()
-    encoder.conv_out.weight[:CHANNELS, :, 1, 1] = w.T
-    encoder.conv_out.bias[:CHANNELS] = b
+    encoder.conv_out.weight[:COMPONENTS, :, 1, 1] = w.T
+    encoder.conv_out.bias[:COMPONENTS] = b
+    encoder.conv_out.bias[COMPONENTS:CHANNELS] = 0
     encoder.conv_out.bias[CHANNELS:] = -8.0  # log-variance: as good as none
     _embed(vae.quant_conv, 2 * CHANNELS)
-    return levels
 
 
 @torch.no_grad()
@@ -199,28 +221,6 @@ def set_decoder(vae: AutoencoderKL, z: Tensor, levels: list[Tensor]) -> None:
     decoder.conv_out.bias.fill_(-LINEAR)
 
 
-class MuonAndAdam:
-    """torch's Muon on convolutions, seen as (out, in * kh * kw) matrices, AdamW on the rest."""
-
-    def __init__(self, module: nn.Module, muon_lr: float, adam_lr: float) -> None:
-        self.kernels = [p for p in module.parameters() if p.ndim == 4 and min(p.shape[:2]) > 3]
-        ids = {id(p) for p in self.kernels}
-        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.kernels]  # same storage
-        rest = [p for p in module.parameters() if id(p) not in ids]
-        self.parts = [
-            (torch.optim.Muon(self.matrices, lr=muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"), muon_lr),
-            (torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0), adam_lr),
-        ]
-
-    def step(self, scale: float) -> None:
-        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
-        for optimizer, lr in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-            optimizer.step()
-
-
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 plus L1 of the finite differences: flat areas flat, contours where they belong."""
     loss = F.l1_loss(output, target) + 0.5 * F.mse_loss(output, target)
@@ -234,82 +234,104 @@ def psnr(output: Tensor, target: Tensor) -> float:
     return float(10 * torch.log10(4 / F.mse_loss(output.clamp(-1, 1), target)))
 
 
-def train(args: argparse.Namespace) -> None:
-    torch.manual_seed(args.seed)
-    run, rng = Run("vae"), random.Random(args.seed)
-    pictures, code = Pictures(args.data), load_code(args.data)
-    x = crops(pictures, 200, 128, random.Random(1))
+def start(folder: Path) -> AutoencoderKL:
+    """The autoencoder as it is known without training."""
+    pictures, code = Pictures(folder), load_code(folder)
+    z, x = Crops(folder, "latents").draw(pictures, 300, 128, random.Random(1))
     vae = build()
-    set_decoder(vae, code.encode(x), set_encoder(vae, code, x))
-    with torch.no_grad():
-        test = crops(pictures, 16, 256, random.Random(2))
-        z = vae.encode(test).latent_dist.mode()
-        error = (z - code.encode(test)).square().mean() / z.square().mean()
-        print(f"encoder: share of the code's energy it misses {error:.2g}", flush=True)
-    if args.start_from:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.start_from, torch_dtype=torch.float32).state_dict())
+    set_encoder(vae, code, x)
+    set_decoder(vae, z, linear_levels(vae, x))
+    return vae
+
+
+def roughened(x: Tensor) -> Tensor:
+    """Pictures (batch, 3, height, width) a little blurred or noised, half of them not at all."""
+    kinds = torch.randint(4, (len(x), 1, 1, 1))
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    noisy = x + 0.05 * torch.randn_like(x)
+    return torch.where(kinds == 0, blurred, torch.where(kinds == 1, noisy, x))
+
+
+def train_encoder(args: argparse.Namespace) -> None:
+    """Teach the layers on the coarsest grid to read the fields, and to keep the components."""
+    pictures, exact, code = Pictures(args.data), Crops(args.data, "latents"), load_code(args.data)
+    torch.manual_seed(args.seed)
+    vae = _load(args.start_from) if args.start_from else start(args.data)
+    encoder = vae.encoder
+    tail = nn.ModuleList([encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out])
+    training = Training("encoder", tail, args, ema=0.99, adam=0.2)
+    rng = random.Random(training.seed)
+    weights = code.channel_weights().view(1, -1, 1, 1)
+    weights[:, :COMPONENTS] *= 4
+    for _ in training:
+        latents, x = exact.draw(pictures, 2 * args.batch, 256, rng)
+        read = read_tail(vae, linear_levels(vae, roughened(x))[-1])
+        parts = (read.detach() - latents).square().mean((0, 2, 3))
+        training.learn(
+            ((read - latents).square() * weights).mean(),
+            components=float(parts[:COMPONENTS].mean()),
+            fields=float(parts[COMPONENTS:].mean()),
+        )
+    training.finish()
+    vae.eval()
+    print({name: round(share, 3) for name, share in fields_read(vae, 200).items()}, flush=True)
+    vae.half().save_pretrained(args.out / "vae")
+
+
+@torch.no_grad()
+def fields_read(vae: AutoencoderKL, count: int) -> dict[str, float]:
+    """Share of what held-out drawings show that the encoder reads off them."""
+    right: dict[str, list[bool]] = {}
+    for i in range(count):
+        scene = data.scene(data.HELD_OUT + i, "single")
+        latents = vae.encode(to_tensor(world.draw(scene)[None])).latent_dist.mode()[0]
+        seen, truth = fields.read(latents[COMPONENTS:].numpy()), scene.attributes()
+        for name in seen.keys() & truth.keys():
+            right.setdefault(name, []).append(seen[name] == truth[name])
+    return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
+
+
+def _load(folder: Path) -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    vae.decoder.mid_block.attentions.requires_grad_(False)
+    return vae
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Teach the decoder to draw what latents say."""
+    pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
+    torch.manual_seed(args.seed)
+    vae = _load(args.start_from) if args.start_from else start(args.data)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    optimizer = MuonAndAdam(decoder, args.lr, args.lr)
-    ema = Ema(decoder, 0.995)
-    step, spent = 0, 0.0
-    if state := run.load():
-        decoder.load_state_dict(state["model"])
-        ema.shadow = state["ema"]
-        for (part, _), saved in zip(optimizer.parts, state["optimizer"], strict=True):
-            part.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        rng.seed(args.seed + step)
-    denoised = DenoisedCrops(args.data)
-    budget = Budget(args.steps, args.minutes, spent)
-    while (done := budget.done(step)) < 1:
-        target = crops(pictures, args.batch, args.crop, rng)
-        latents = code.encode(target)
-        # the U-Net's mistakes: small in the coarse channels, large in the finest
+    training = Training("decoder", decoder, args, ema=0.995, warmup=30)
+    rng = random.Random(training.seed)
+    for _ in training:
+        latents, target = exact.draw(pictures, args.batch, args.crop, rng)
         latents += NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
         if len(denoised):
             half = args.batch // 2
             latents[:half], target[:half] = denoised.draw(pictures, half, args.crop, rng)
         output = vae.decode(latents).sample
-        loss = reconstruction_loss(output, target)
-        decoder.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step(cosine_lr(done, step, 1.0, warmup=30))
-        ema.update(decoder, step)
-        if step % 25 == 0:
-            run.log(step, loss=loss.item(), psnr=psnr(output.detach(), target), done=done)
-        step += 1
-        if step % 400 == 0:
-            saved = [part.state_dict() for part, _ in optimizer.parts]
-            run.save(
-                {
-                    "model": decoder.state_dict(),
-                    "ema": ema.shadow,
-                    "optimizer": saved,
-                    "step": step,
-                    "spent": budget.spent,
-                }
-            )
-    decoder.load_state_dict(ema.shadow)
+        training.learn(reconstruction_loss(output, target), psnr=psnr(output.detach(), target))
+    training.finish()
     vae.eval()
     with torch.no_grad():
-        quality = psnr(vae.decode(vae.encode(test).latent_dist.mode()).sample, test)
-    run.log(step, psnr_of_whole_pictures=quality)
+        z, test = exact.draw(pictures, 16, 256, random.Random(2))
+        drawn, whole = vae.decode(z).sample, vae.decode(vae.encode(test).latent_dist.mode()).sample
+    quality = {"psnr_from_exact_codes": psnr(drawn, test), "psnr_of_whole_path": psnr(whole, test)}
+    print({name: round(value, 2) for name, value in quality.items()}, flush=True)
+    rows = [torch.cat(list(row[:6]), 2) for row in (test, whole, drawn)]
+    sheet = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    cv2.imwrite(str(training.run.folder / "reconstructions.png"), sheet[..., ::-1])
     vae.half().save_pretrained(args.out / "vae")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--out", type=Path, default=MODEL)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=0, help="run by the clock instead of --steps")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--start-from", type=Path, help="a trained autoencoder's folder to go on from")
-    parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    parser = training_options(__doc__, MODEL, steps=2000, batch=8, lr=2e-3)
+    parser.add_argument("part", choices=("encoder", "decoder"))
+    parser.add_argument("--crop", type=int, default=128, help="pixels; the decoder's pictures")
+    args = parser.parse_args()
+    train_encoder(args) if args.part == "encoder" else train_decoder(args)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,9 @@ CHARACTER_ATTRIBUTES = (
     "hat_color",
 )
 
+#: Each place is staged in this many ways (where the sun, the barn, the window, the books are).
+STAGINGS = 4
+
 OUTLINE = "#3b2b33"
 Part = Literal["fur", "clothes", "hat", "other"]
 
@@ -191,13 +194,13 @@ def single(
     place: str = "",
 ) -> Scene:
     """One character in one place."""
-    framing = framing or rng.choices(FRAMINGS, (5, 12, 3))[0]
+    framing = framing or rng.choices(FRAMINGS, (4, 13, 3))[0]
     position = position or rng.choice(POSITIONS)
     side = POSITIONS.index(position) - 1
     x, y, scale = {
-        "close-up": (128 + 50 * side, 300, 1.26),
-        "medium": (128 + 62 * side, 238, 0.98),
-        "far": (128 + 76 * side, 226, 0.6),
+        "close-up": (128 + 50 * side, 292, 1.2),
+        "medium": (128 + 62 * side, 238, 0.92),
+        "far": (128 + 76 * side, 228, 0.64),
     }[framing]
     figure = _figure(rng, who, x, scale, y, action)
     return Scene("single", (_cell(rng, [figure], place),), framing, position)
@@ -205,7 +208,7 @@ def single(
 
 def sample_scene(rng: random.Random, layout: str = "") -> Scene:
     """A random picture; about half hold one character once, the rest repeat or mix characters."""
-    layout = layout or rng.choices(LAYOUTS, (46, 15, 6, 14, 4, 3, 9, 3))[0]
+    layout = layout or rng.choices(LAYOUTS, (50, 17, 4, 14, 3, 3, 8, 1))[0]
     who = sample_character(rng)
     if layout == "single":
         return single(rng, who)
@@ -233,7 +236,7 @@ def sample_scene(rng: random.Random, layout: str = "") -> Scene:
     else:
         assert layout == "strip", layout
         places = rng.sample(PLACES, 4)
-        if rng.random() < 0.6:  # two tall cells
+        if rng.random() < 0.75:  # two tall cells
             cells = [_cell(rng, [_figure(rng, who, 64, 0.86, 236)], p) for p in places[:2]]
         else:  # two by two
             cells = [_cell(rng, [_figure(rng, who, 64, 0.5, 118)], p) for p in places]
@@ -310,6 +313,17 @@ class MaskPaint(Paint):
 
     def line(self, part: Part, color: str, width: float) -> str:
         return super().line(part, self._shade(part), width)
+
+
+class SilhouettePaint(MaskPaint):
+    """Fills the whole figure with one shade: who is seen where."""
+
+    def __init__(self, who: Character, shade: int) -> None:
+        super().__init__(who, "silhouette", "other")
+        self.shade = f"rgb({shade},{shade},{shade})"
+
+    def _shade(self, part: Part) -> str:
+        return self.shade
 
 
 # --------------------------------------------------------------------------- the figure
@@ -822,7 +836,7 @@ def _weather(cell: Cell, rng: random.Random, w: float, h: float) -> str:
 
 def cell_svg(cell: Cell, w: float, h: float, layout: str = "single") -> str:
     """A cell drawn on a canvas of w x h pixels."""
-    rng = random.Random(cell.seed)
+    rng = random.Random(cell.seed % STAGINGS)
     if layout == "sheet":
         out = f'<rect width="{w}" height="{h}" fill="#fbf7ec"/>' + _path(
             f"M0 216 H{w}", 'fill="none" stroke="#d8cfb8" stroke-width="3"'
@@ -860,10 +874,16 @@ def svg(scene: Scene, size: int = SIZE) -> str:
     columns, rows = 2, math.ceil(len(scene.cells) / 2)
     w, h = SIZE / columns, SIZE / rows
     body = f'<rect width="{SIZE}" height="{SIZE}" fill="#fffdf6"/>'
-    for i, cell in enumerate(scene.cells):
-        x, y = i % columns * w, i // columns * h
-        body += f'<svg x="{x + 2}" y="{y + 2}" width="{w - 4}" height="{h - 4}" viewBox="2 2 {w - 4} {h - 4}">{cell_svg(cell, w, h)}</svg>'
-    return _document(body, size)
+    return _document(body + _grid([cell_svg(cell, w, h) for cell in scene.cells], w, h), size)
+
+
+def _grid(cells: Sequence[str], w: float, h: float) -> str:
+    """The cells of a comic strip, two in a row, gutters between them."""
+    return "".join(
+        f'<svg x="{i % 2 * w + 2}" y="{i // 2 * h + 2}" width="{w - 4}" height="{h - 4}" '
+        f'viewBox="2 2 {w - 4} {h - 4}">{cell}</svg>'
+        for i, cell in enumerate(cells)
+    )
 
 
 def rasterize(document: str) -> NDArray[np.uint8]:
@@ -877,6 +897,31 @@ def rasterize(document: str) -> NDArray[np.uint8]:
 def draw(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
     """The scene as pixels: (size, size, 3) RGB."""
     return rasterize(svg(scene, size))
+
+
+def figures(scene: Scene) -> list[tuple[Figure, float, float]]:
+    """All figures of a picture, in the order they are drawn, with their cell's left and top edges."""
+    columns, rows = (1, 1) if len(scene.cells) == 1 else (2, math.ceil(len(scene.cells) / 2))
+    return [
+        (figure, i % columns * SIZE / columns, i // columns * SIZE / rows)
+        for i, cell in enumerate(scene.cells)
+        for figure in cell.figures
+    ]
+
+
+def silhouettes(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
+    """Who is seen where: (size, size), 0 for the scenery, n for the nth of `figures(scene)`."""
+    step, n, cells = 20, 0, []
+    for cell in scene.cells:
+        body = ""
+        for figure in cell.figures:
+            n += 1
+            body += figure_svg(figure, SilhouettePaint(figure.character, step * n))
+        cells.append(body)
+    drawn = cells[0] if len(cells) == 1 else _grid(cells, SIZE / 2, SIZE / math.ceil(len(cells) / 2))
+    background = f'<rect width="{SIZE}" height="{SIZE}" fill="#000000"/>'
+    shades = rasterize(_document(f'{background}<g shape-rendering="crispEdges">{drawn}</g>', size))[..., 0]
+    return np.asarray(shades // step, np.uint8)
 
 
 def part_mask(scene: Scene, part: Part, size: int = SIZE) -> NDArray[np.bool_]:
