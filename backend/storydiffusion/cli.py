@@ -1,4 +1,4 @@
-"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models`.
+"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models | serve`.
 
 Exit codes: 0 done, 1 the request is wrong or a model is missing, 2 the command line is wrong, 3 out of
 memory, 130 interrupted.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -26,6 +25,7 @@ from storydiffusion.errors import (
     StoryDiffusionError,
     StoryError,
 )
+from storydiffusion.quiet import quiet_libraries
 from storydiffusion.resources import resources
 
 EXIT_WRONG, EXIT_MEMORY, EXIT_INTERRUPTED = 1, 3, 130
@@ -85,6 +85,37 @@ def parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models this machine could use")
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=run_models)
+
+    serve = commands.add_parser(
+        "serve",
+        help="run the backend process that Krita talks to",
+        description="Serve the engine on 127.0.0.1 and a free port, which the first line on standard output says: "
+        '{"port": N}. The token (256 bits or more) comes from STORYDIFFUSION_TOKEN or, with --token-stdin, as the '
+        "first line of standard input. The process ends with the one that started it.",
+    )
+    serve.add_argument("--token-stdin", action="store_true", help="read the token from standard input")
+    serve.add_argument("--port", type=int, default=0, help="instead of a free one")
+    serve.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="also offer this folder or .safetensors file, by this name (repeatable)",
+    )
+    following = serve.add_mutually_exclusive_group()
+    following.add_argument("--parent", type=int, metavar="PID", help="end with this process instead")
+    following.add_argument("--stay", action="store_true", help="do not end with any process")
+    serve.add_argument(
+        "--bind", metavar="ADDRESS", help="serve other machines, unencrypted; an SSH tunnel is the better way"
+    )
+    serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --bind: a name clients call this machine by (repeatable)",
+    )
+    serve.set_defaults(run=run_serve)
     return top
 
 
@@ -120,18 +151,6 @@ def _fail(error: StoryDiffusionError, code: int) -> int:
     return code
 
 
-def _quiet_libraries() -> None:
-    """The libraries' own progress bars and advice are not for artists."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-
-
 class _Bar:
     """The engine's progress as a bar on a terminal, silent elsewhere."""
 
@@ -155,41 +174,17 @@ class _Bar:
 
 def _open_model(args: argparse.Namespace, story: Any) -> tuple[Any, Any]:
     """The pipeline and the settings for a story."""
-    _quiet_libraries()
-    import torch
-
+    quiet_libraries()
     from storydiffusion.attention import plan_named
-    from storydiffusion.models import (
-        apply_placement,
-        component_bytes,
-        load_catalogue,
-        load_pipeline,
-        locate,
-        place,
-    )
-    from storydiffusion.panels import Settings
+    from storydiffusion.models import locate, open_pipeline, preset_of
+    from storydiffusion.storyboard import settings_of
 
     plan = None if args.no_consistency else plan_named(args.plan)
-    source = story.model
-    preset = load_catalogue().get(source)
-    locate(source, revision=args.revision, local_files_only=not args.download)
-    weights = component_bytes(source, revision=args.revision)
-    placement = place(weights, width=story.width, height=story.height, panels=args.window)
-    if preset and preset.embedded and placement.device == "cpu":
-        # small enough anywhere, and the same pictures on every machine
-        placement = replace(placement, dtype=torch.float32, vae_tiling=False)
-    pipe = load_pipeline(source, dtype=placement.dtype, revision=args.revision)
-    settings = Settings(
-        width=story.width,
-        height=story.height,
-        num_inference_steps=story.num_inference_steps or (preset.steps if preset else 25),
-        guidance_scale=first_given(story.guidance_scale, preset.guidance_scale if preset else 7.0),
-        guidance_rescale=0.5 if preset and preset.family == "storyworld" else 0.0,
-        seed=story.seed,
-        plan=plan,
-        window=args.window,
+    locate(story.model, revision=args.revision, local_files_only=not args.download)
+    pipe = open_pipeline(
+        story.model, width=story.width, height=story.height, panels=args.window, revision=args.revision
     )
-    return apply_placement(pipe, placement), settings
+    return pipe, settings_of(story, preset_of(story.model), plan, args.window)
 
 
 def _with_overrides(args: argparse.Namespace, story: Any, sized: bool = True) -> Any:
@@ -210,10 +205,6 @@ def _with_overrides(args: argparse.Namespace, story: Any, sized: bool = True) ->
         num_inference_steps=args.steps or story.num_inference_steps,
         guidance_scale=story.guidance_scale if args.guidance is None else args.guidance,
     )
-
-
-def first_given(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
 
 
 def _warn_unknown(args: argparse.Namespace, story: Any) -> list[str]:
@@ -281,6 +272,7 @@ def run_regenerate(args: argparse.Namespace) -> None:
     from storydiffusion.pictures import load_mask, load_picture
     from storydiffusion.storyboard import (
         latest_take,
+        made_from,
         open_folder,
         pictures_of,
         references_of,
@@ -332,14 +324,12 @@ def run_regenerate(args: argparse.Namespace) -> None:
         targets.append(target)
     started = time.perf_counter()
     bar = _Bar(args.json)
-    order = {panel.id: i for i, panel in enumerate(story.panels)}
     paths = []
     try:
         for target in targets:
             seen = references
-            if order[target.id] >= args.window and not args.sources:
-                # what `generate` made it from: a panel made again with nothing changed is the same picture
-                seen = [r for r in references if order[r.id] < order[target.id]]
+            if not args.sources:
+                seen = made_from(story, target.id, references, args.window)
             picture = extend(pipe, [target], seen, settings, callback=bar)[0]
             panels = tuple(replace(p, seed=target.seed) if p.id == target.id else p for p in story.panels)
             paths.append(save_panel(args.folder, replace(story, panels=panels), known[target.id], picture))
@@ -376,7 +366,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
             "The evaluation draws its own world, which an installed wheel does not carry.",
             "Run it from a checkout: pip install -e .",
         ) from error
-    _quiet_libraries()
+    quiet_libraries()
     rows = args.rows.split(",") if args.rows else None
     evaluate_consistency(stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model)
 
@@ -390,6 +380,12 @@ def run_models(args: argparse.Namespace) -> None:
         return
     for preset in presets:
         print(f"{preset.id:16} {preset.family:10} {preset.title}  ({preset.source})")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from storydiffusion.server.main import serve
+
+    serve(args)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from storydiffusion.attention import Plan
 from storydiffusion.errors import ImageError, StoryError
-from storydiffusion.panels import Reference, Target
+from storydiffusion.models.catalogue import Preset
+from storydiffusion.panels import Reference, Settings, Target
 from storydiffusion.pictures import (
     PANEL_KEY,
     STORY_KEY,
@@ -43,6 +45,30 @@ def targets_of(story: Story) -> list[Target]:
         )
         for panel in story.panels
     ]
+
+
+def settings_of(story: Story, preset: Preset | None, plan: Plan | None, window: int) -> Settings:
+    """What the story's panels share; what it leaves open is the model's own (`preset`) or common."""
+    steps, guidance = (preset.steps, preset.guidance_scale) if preset else (25, 7.0)
+    return Settings(
+        width=story.width,
+        height=story.height,
+        num_inference_steps=story.num_inference_steps or steps,
+        guidance_scale=guidance if story.guidance_scale is None else story.guidance_scale,
+        guidance_rescale=0.5 if preset and preset.family == "storyworld" else 0.0,
+        seed=story.seed,
+        plan=plan,
+        window=window,
+    )
+
+
+def made_from(story: Story, panel_id: str, candidates: Sequence[Reference], window: int) -> list[Reference]:
+    """Of `candidates`, what `panels.generate` made this panel from: panels before it, where it was not
+    one of the first `window`. A panel made again from these with nothing changed is the same picture."""
+    order = {panel.id: i for i, panel in enumerate(story.panels)}
+    if order[panel_id] < window:
+        return list(candidates)
+    return [r for r in candidates if order.get(r.id, -1) < order[panel_id]]
 
 
 def save_panel(folder: Path, story: Story, panel: Panel, picture: Picture) -> Path:
