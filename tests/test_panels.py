@@ -28,6 +28,7 @@ from storydiffusion.panels import (
     shares,
     smaller_chunks,
 )
+from storydiffusion.references import decode_latents
 from tiny import TINY
 
 SETTINGS = Settings(
@@ -145,7 +146,7 @@ def test_refining_at_a_low_strength_stays_near_the_picture(ddim: Any) -> None:
     little, much = (
         make(ddim, [Target("p", "x", 1, image=start, strength=s)], (), steps)[0].astype(int) for s in (0.1, 1.0)
     )
-    from storydiffusion.references import decode_latents, encode_image
+    from storydiffusion.references import encode_image
 
     near = decode_latents(ddim, encode_image(ddim, start, 32, 32))[0].astype(int)
     assert np.abs(little - near).mean() < np.abs(much - near).mean()
@@ -259,6 +260,23 @@ def test_running_out_of_memory_is_answered_by_smaller_chunks(ddim: Any, monkeypa
         made = make(ddim, story(2), (), SETTINGS)
     assert [s.chunk for s in seen] == [4, 2, 1]
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_decoder_that_ran_out_of_memory_is_left_as_it_was_found(ddim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles change pixels: the next run's must not depend on what this one had to do."""
+    tiled: list[bool] = []
+
+    def decode(pipe: Any, latents: Any) -> Any:
+        tiled.append(pipe.vae.use_tiling)
+        if not tiled[-1]:
+            raise MemoryError
+        return decode_latents(pipe, latents)
+
+    monkeypatch.setattr(panels, "decode_latents", decode)
+    make(ddim, story(1), (), SETTINGS)
+    assert tiled == [False, True]
+    assert not ddim.vae.use_tiling
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

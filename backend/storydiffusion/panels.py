@@ -534,27 +534,28 @@ def make(
         PlanError, ImageError, Cancelled: see `denoise`.
     """
     latents: Tensor | None = None
-    for attempt in smaller_chunks(settings):
-        try:
-            if latents is None:
-                latents = denoise(pipe, targets, references, attempt, way, callback, cancel)
-            pictures = []
-            for one in latents.split(1):
-                _stop_if(cancel)
-                pictures += decode_latents(pipe, one)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if latents is not None:  # chunks do not help the decoder, tiles do
-                pipe.vae.enable_tiling()
-            warnings.warn(f"out of memory with {attempt.chunk} panels a chunk; trying less", stacklevel=2)
-            continue
-        finally:
-            pipe.maybe_free_model_hooks()
-        return [_keep_outside(t, p, settings) for t, p in zip(targets, pictures, strict=True)]
+    with _decoder_as_found(pipe.vae):
+        for attempt in smaller_chunks(settings):
+            try:
+                if latents is None:
+                    latents = denoise(pipe, targets, references, attempt, way, callback, cancel)
+                pictures = []
+                for one in latents.split(1):
+                    _stop_if(cancel)
+                    pictures += decode_latents(pipe, one)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if latents is not None:  # chunks do not help the decoder, tiles do
+                    pipe.vae.enable_tiling()
+                warnings.warn(f"out of memory with {attempt.chunk} panels a chunk; trying less", stacklevel=2)
+                continue
+            finally:
+                pipe.maybe_free_model_hooks()
+            return [_keep_outside(t, p, settings) for t, p in zip(targets, pictures, strict=True)]
     multiple = grid_multiple(pipe)
     smaller = [max(multiple, int(side * 0.7) // multiple * multiple) for side in (settings.width, settings.height)]
     window = f", or a window of {max(2, len(targets) // 2)} panels" if way != "extend" and len(targets) > 2 else ""
@@ -563,6 +564,18 @@ def make(
         "the smallest chunks.",
         f"Try {smaller[0]} x {smaller[1]}, which takes half{window}.",
     )
+
+
+@contextmanager
+def _decoder_as_found(vae: Any) -> Iterator[None]:
+    """Tiling that a want of memory turned on is turned off again: the next run's pixels do not depend
+    on this one's."""
+    tiling = getattr(vae, "use_tiling", True)
+    try:
+        yield
+    finally:
+        if not tiling:
+            vae.disable_tiling()
 
 
 def smaller_chunks(settings: Settings) -> Iterator[Settings]:

@@ -97,8 +97,8 @@ def draw(scene: world.Scene) -> Array:
             window = out[:, top : top + GRID // rows, left : left + GRID // columns]
             for name, words in SCENE_WORDS.items():
                 if name != "weather" or cell.place not in world.INDOORS:
-                    value = words[world.ATTRIBUTES[name].index(getattr(cell, name))]
-                    window[SLICES[name]] = value[:, None, None]
+                    word: Array = words[world.ATTRIBUTES[name].index(getattr(cell, name))]
+                    window[SLICES[name]] = word[:, None, None]
     seen = owners(scene)
     y, x = np.mgrid[0:GRID, 0:GRID] * PATCH + PATCH / 2
     for n, (figure, left, top) in enumerate(world.figures(scene), 1):
@@ -106,7 +106,8 @@ def draw(scene: world.Scene) -> Array:
         traits = vars(figure.character) | {"action": figure.action}
         for name, words in FIGURE_WORDS.items():
             if name != "hat_color" or figure.character.hat != "none":
-                out[SLICES[name], here] = words[world.ATTRIBUTES[name].index(traits[name])][:, None]
+                word = words[world.ATTRIBUTES[name].index(traits[name])]
+                out[SLICES[name], here] = word[:, None]
         out[SLICES["facing"], here] = figure.facing
         out[SLICES["u"], here] = ((x - left - figure.x) / (60 * figure.scale))[here]
         out[SLICES["v"], here] = ((y - top - figure.y) / (120 * figure.scale) + 1)[here]

@@ -120,30 +120,24 @@ class Engine:
         plan = None if work.plan == "none" else plan_named(work.plan)
         settings = settings_of(work.story, preset_of(source), plan, work.window)
         callback = _Callback(work, report)
-        tiling = getattr(pipe.vae, "use_tiling", False)
-        try:
-            if work.kind == "generate":
-                return generate(
-                    pipe,
-                    work.targets,
-                    settings,
-                    references=work.references,
-                    callback=callback,
-                    cancel=cancelled,
-                    finished=lambda index, _: report.panel(work.targets[index].id),
-                )
-            pictures = []
-            for target in work.targets:
-                seen = list(work.references)
-                if work.before:
-                    seen = made_from(work.story, target.id, seen, work.window)
-                pictures += extend(pipe, [target], seen, settings, callback, cancelled)
-                report.panel(target.id)
-            return pictures
-        finally:
-            if tiling != getattr(pipe.vae, "use_tiling", False):
-                # running out of memory turned tiles on; the next job must not come out differently for it
-                pipe.vae.disable_tiling()
+        if work.kind == "generate":
+            return generate(
+                pipe,
+                work.targets,
+                settings,
+                references=work.references,
+                callback=callback,
+                cancel=cancelled,
+                finished=lambda index, _: report.panel(work.targets[index].id),
+            )
+        pictures = []
+        for target in work.targets:
+            seen = list(work.references)
+            if work.before:
+                seen = made_from(work.story, target.id, seen, work.window)
+            pictures += extend(pipe, [target], seen, settings, callback, cancelled)
+            report.panel(target.id)
+        return pictures
 
     def _pipeline(self, work: Work, source: str | Path, report: Report) -> Any:
         """The work's model, from memory where it is there and placed with room enough."""
