@@ -1,4 +1,4 @@
-"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models | serve`.
+"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models | serve | package | krita`.
 
 Exit codes: 0 done, 1 the request is wrong or a model is missing, 2 the command line is wrong, 3 out of
 memory, 130 interrupted.
@@ -25,6 +25,7 @@ from storydiffusion.errors import (
     StoryDiffusionError,
     StoryError,
 )
+from storydiffusion.package import add_commands
 from storydiffusion.quiet import quiet_libraries
 from storydiffusion.resources import resources
 
@@ -116,6 +117,8 @@ def parser() -> argparse.ArgumentParser:
         help="with --bind: a name clients call this machine by (repeatable)",
     )
     serve.set_defaults(run=run_serve)
+
+    add_commands(commands)
     return top
 
 

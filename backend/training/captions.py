@@ -137,6 +137,8 @@ def choose_stated(rng: random.Random, always: Collection[str] = ()) -> frozenset
     stated = {name for name in world.ATTRIBUTES if rng.random() < talk} | set(always)
     if rng.random() < 0.7:
         stated |= {"kind", "place"}
+    if rng.random() < 0.5:  # it can be told of single pictures only, which makes it rare
+        stated.add("action")
     if rng.random() < 0.5:
         stated -= {"framing", "position"}
     if "hat" not in stated:

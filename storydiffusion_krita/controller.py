@@ -1,0 +1,851 @@
+"""One document's story at work: edits, orders, results. No Qt, no Krita: it is told and it tells.
+
+Kept here: what is slow is never done in one go. Reading the panels' pictures and placing results take
+one turn of the event loop each (`defer`), so painting goes on between them.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import orders, script, story_state
+from .client import Failure
+from .jobs import Desk, Told
+from .layers import PICTURE_ANNOTATION, STORY_ANNOTATION, Layer, Rect, StoryDocument, panel_title, take_title
+from .orders import Order
+from .story_state import Character, Panel, Story, Take
+from .texts import tr
+
+THUMBNAIL = 128
+
+
+@dataclass
+class Work:
+    """A panel that is being made: `state` is 'waiting', 'queued', 'loading', 'sampling' or 'placing'."""
+
+    key: str
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    position: int = 0
+
+
+@dataclass
+class _Running:
+    order: Order[Any] | None
+    panels: tuple[str, ...]
+    began: float | None = None
+    steps_done: int = 0
+    made: set[str] = field(default_factory=set)
+    tail: int = 0
+
+
+@dataclass(frozen=True)
+class PanelView:
+    """What a panel's row shows."""
+
+    id: str
+    number: int
+    prompt: str
+    caption: str
+    problem: str
+    state: str
+    text: str
+    remedy: str
+    fraction: float | None
+    take: int
+    takes: int
+    locked: bool
+    seed: int | None
+    selected: bool
+    inside_selection: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The docker's last line: nothing where `text` is empty."""
+
+    text: str
+    fraction: float | None = None
+
+
+class Controller:
+    """A story and its document.
+
+    Args:
+        document: where layers and the story live.
+        desk: runs orders.
+        defer: calls something in a later turn of the event loop.
+        sheet: a picture as bytes that the document keeps for a character.
+    """
+
+    def __init__(
+        self,
+        document: StoryDocument,
+        desk: Desk,
+        defer: Callable[[Callable[[], None]], None],
+        sheet: Callable[[Any], bytes] = lambda picture: b"",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.document, self._desk, self._defer, self._sheet, self._clock = document, desk, defer, sheet, clock
+        self.story, self.readonly = Story(), False
+        self.model_size = (256, 256)
+        self.previews = True
+        self.selected: list[str] = []
+        self.notice = ""
+        #: told of 'story' (panels came, went or moved), 'panel' with its id, 'characters', 'settings', 'progress'
+        self.changed: Callable[[str, str], None] = lambda what, which: None
+        self._work: dict[str, Work] = {}
+        self._running: dict[str, _Running] = {}
+        self._failures: dict[str, Failure] = {}
+        self._layers: dict[str, Layer] = {}
+        self._active = ""
+        self._selection = False
+        self._thumbnails: dict[str, Any] = {}
+        self._previews: dict[str, Any] = {}
+        self._turn = 0
+        self._unsaved = False
+        self._load()
+
+    # ----------------------------------------------------------------------- the document's memory
+
+    def _load(self) -> None:
+        data = self.document.load(STORY_ANNOTATION)
+        try:
+            self.story = story_state.load(data) if data else Story(seed=story_state.random_seed())
+        except story_state.NewerStory:
+            self.readonly = True
+            self.notice = tr("This story was made with a newer version of StoryDiffusion. Update the plugin.")
+        except ValueError:
+            # the bytes stay in the document until the artist begins a new story in it
+            self.notice = tr("The story in this document cannot be read. The layers are untouched.")
+        self.document.remove_previews()
+        self._layers = {layer.id: layer for layer in self.document.layers()}
+        for panel in self.story.panels:
+            panel.takes = [take for take in panel.takes if take.layer in self._layers]
+            if panel.take is None and panel.takes:
+                panel.chosen = panel.takes[-1].layer
+        if self.story.panels:
+            self.selected = [self.story.panels[0].id]
+
+    def _touch(self, what: str, which: str = "") -> None:
+        """Something of the story changed: say it, and write it into the document in the next turn."""
+        if not self._unsaved and not self.readonly:
+            self._unsaved = True
+            self._defer(self.flush)
+        self.changed(what, which)
+
+    def flush(self) -> None:
+        """Writes the story into the document, where it is not there yet."""
+        if self._unsaved and self.document.is_open():
+            self.document.save(STORY_ANNOTATION, story_state.dump(self.story))
+        self._unsaved = False
+
+    # ----------------------------------------------------------------------- edits
+
+    def set_script(self, text: str) -> None:
+        if text == self.story.script or self.readonly:
+            return
+        self.story.set_script(text)
+        self._forget_gone()
+        self._touch("story")
+
+    def set_words(self, panel_id: str, prompt: str | None = None, caption: str | None = None) -> None:
+        panel = self.story.panel(panel_id)
+        if panel is not None and not self.readonly:
+            self.story.set_words(panel, prompt, caption)
+            self._failures.pop(panel_id, None)
+            self._touch("panel", panel_id)
+
+    def set_seed(self, panel_id: str, seed: int | None) -> None:
+        panel = self.story.panel(panel_id)
+        if panel is not None and panel.seed != seed and not self.readonly:
+            panel.seed, panel.variation = seed, 0
+            self._touch("panel", panel_id)
+
+    def keep_seed(self, panel_id: str) -> None:
+        """Makes the seed of the take that is seen the panel's own."""
+        panel = self.story.panel(panel_id)
+        if panel is not None and panel.take is not None and panel.take.seed is not None:
+            take = panel.take
+            self.set_seed(panel_id, take.seed)
+            take.made = {**take.made, "seed": self.story.made_from(panel)["seed"]}
+            take.variation = 0
+            self._touch("panel", panel_id)
+
+    def set_locked(self, panel_id: str, locked: bool) -> None:
+        panel = self.story.panel(panel_id)
+        if panel is not None and not self.readonly:
+            panel.locked = locked
+            self._touch("panel", panel_id)
+
+    def add_panel(self, after: str = "") -> str:
+        """A panel with the character of its neighbour, so that it can be typed on at once."""
+        if self.readonly:
+            return ""
+        names = [one.name for one in self.story.characters]
+        panel = self.story.add_panel(f"[{names[0] if names else script.NOBODY}] ", after)
+        self.selected = [panel.id]
+        self._touch("story")
+        return panel.id
+
+    def remove_panel(self, panel_id: str) -> None:
+        if not self.readonly:
+            self.story.remove_panel(panel_id)
+            self._forget_gone()
+            self._touch("story")
+
+    def move_panel(self, panel_id: str, to: int) -> None:
+        if not self.readonly:
+            self.story.move_panel(panel_id, to)
+            self._touch("story")
+
+    def _forget_gone(self) -> None:
+        here = {panel.id for panel in self.story.panels}
+        self.selected = [panel_id for panel_id in self.selected if panel_id in here]
+        for panel_id in [panel_id for panel_id in self._work if panel_id not in here]:
+            self._stop_panels([panel_id])
+
+    def add_character(self, name: str = "", description: str = "") -> Character | None:
+        if self.readonly:
+            return None
+        one = self.story.add_character(name, description)
+        self._touch("characters")
+        return one
+
+    def set_character(self, character_id: str, name: str | None = None, description: str | None = None,
+                      colour: str | None = None) -> str:  # fmt: skip
+        """What is wrong with the new name, "" if all was done."""
+        one = self.story.character(character_id)
+        if one is None or self.readonly:
+            return ""
+        wrong = "" if name is None else self.story.rename_character(character_id, name)
+        one.description = one.description if description is None else description
+        one.colour = colour or one.colour
+        self._touch("characters")
+        return wrong
+
+    def remove_character(self, character_id: str) -> None:
+        if not self.readonly:
+            self.story.remove_character(character_id)
+            self.document.save(PICTURE_ANNOTATION + character_id, b"")
+            self._touch("characters")
+
+    def picture_from_layer(self, character_id: str) -> None:
+        """Makes the active layer the character's picture: other panels are made from it too."""
+        one = self.story.character(character_id)
+        active = self.document.active_layer()
+        if one is None or not active or self.readonly:
+            return
+        data = self._sheet(self.document.picture(active, (0, 0, *self.document.size())))
+        self.document.save(PICTURE_ANNOTATION + character_id, data)
+        one.picture = story_state.digest(data.hex())
+        self._touch("characters")
+
+    def remove_picture(self, character_id: str) -> None:
+        one = self.story.character(character_id)
+        if one is not None and not self.readonly:
+            self.document.save(PICTURE_ANNOTATION + character_id, b"")
+            one.picture = ""
+            self._touch("characters")
+
+    def picture_of(self, character_id: str) -> bytes:
+        return self.document.load(PICTURE_ANNOTATION + character_id)
+
+    def set_settings(self, **values: Any) -> None:
+        """`style`, `model`, `layout`, `seed`, `negative_prompt`, `steps`, `guidance_scale`, `title`."""
+        if self.readonly:
+            return
+        for name, value in values.items():
+            setattr(self.story, name, value)
+        if "layout" in values:
+            self._show_layout()
+        self._touch("settings")
+
+    def load_example(self) -> None:
+        """An example story, where there is none yet."""
+        if not self.story.entries and not self.story.characters and not self.readonly:
+            self.story = story_state.load(story_state.EXAMPLE)
+            self.selected = [self.story.panels[0].id]
+            self._touch("story")
+
+    # ----------------------------------------------------------------------- what to make
+
+    def has_art(self, panel: Panel) -> bool:
+        group = self._layers.get(panel.group)
+        if group is None or not group.group:  # one that was flattened is its own picture
+            return group is not None
+        return any(layer.parent == panel.group for layer in self._layers.values())
+
+    def can_make(self, panel: Panel) -> bool:
+        return not (panel.locked or panel.id in self._work or self.readonly or self.story.problem(panel))
+
+    def missing(self) -> list[str]:
+        return [p.id for p in self.story.panels if self.can_make(p) and not self.has_art(p)]
+
+    def stale(self) -> list[str]:
+        return [p.id for p in self.story.panels if self.can_make(p) and self.has_art(p) and self.story.changed(p)]
+
+    def everything(self) -> list[str]:
+        return [p.id for p in self.story.panels if self.can_make(p)]
+
+    def generate(self, panel_ids: Sequence[str] | None = None, new_seeds: bool = False) -> None:
+        """Makes panels: those that are missing or stale, or those named."""
+        named = self.missing() + self.stale() if panel_ids is None else panel_ids
+        wanted = [p.id for p in self.story.panels if p.id in named and self.can_make(p)]
+        if wanted:
+            panels = [p for p in self.story.panels if p.id in wanted]
+            self._order(wanted, {p.id: self._next(p) if new_seeds else p.variation for p in panels})
+
+    def again(self, panel_id: str) -> None:
+        """Makes a panel once more, from what the others look like now; inside the selection if there is one.
+
+        Where something changed since, with the same seed: the artist wants to see that change. Else with a
+        new one: the same picture again is of no use.
+        """
+        panel = self.story.panel(panel_id)
+        if panel is None or not self.can_make(panel):
+            return
+        mask = self.document.selection(self.rect(panel)) if self.has_art(panel) else None
+        same = bool(panel.take is None or self.story.changed(panel) or self._others_changed(panel))
+        variations = {panel_id: panel.variation if same and mask is None else self._next(panel)}
+        self._order([panel_id], variations, again=True, mask=mask, start=mask is not None)
+
+    def refine(self, panel_id: str, strength: float) -> None:
+        """Changes the panel's picture a little (0) or entirely (1)."""
+        panel = self.story.panel(panel_id)
+        if panel is not None and self.can_make(panel) and self.has_art(panel):
+            self._order([panel_id], {panel_id: self._next(panel)}, again=True, start=True, strength=strength)
+
+    def _next(self, panel: Panel) -> int:
+        return max([panel.variation, *(take.variation for take in panel.takes)]) + 1 if panel.takes else panel.variation
+
+    def _others_changed(self, panel: Panel) -> bool:
+        """Whether a panel that this one is made from was painted in since."""
+        take = panel.take
+        sources = orders.references_for(self.story, [panel.id], self._with_art())
+        now = {other.id: self.document.look(other.group) for other in sources}
+        return take is None or any(take.looks.get(other, look) != look for other, look in now.items())
+
+    def _with_art(self) -> list[str]:
+        return [panel.id for panel in self.story.panels if self.has_art(panel)]
+
+    def rect(self, panel: Panel) -> Rect:
+        if panel.frame is not None and len(panel.frame) == 4:
+            x, y, width, height = panel.frame
+            return (x, y, width, height)
+        return (0, 0, *self.document.size())
+
+    def _place_frames(self, panels: Sequence[Panel]) -> None:
+        """Frames for panels that have no layer yet, in the layout of now."""
+        count = len(self.story.panels)
+        for panel in panels:
+            if panel.group not in self._layers:
+                number = self.story.panels.index(panel)
+                grid = self.story.layout == "grid"
+                panel.frame = list(frame_of(number, count, self.document.size())) if grid else None
+
+    def _order(
+        self,
+        wanted: Sequence[str],
+        variations: dict[str, int],
+        again: bool = False,
+        mask: Any = None,
+        start: bool = False,
+        strength: float = 1.0,
+    ) -> None:
+        """Reads one picture a turn, then hands the order in."""
+        key = uuid.uuid4().hex
+        panels = [panel for panel in self.story.panels if panel.id in wanted]
+        self._place_frames(panels)
+        self._running[key] = _Running(None, tuple(wanted))
+        for panel in panels:
+            self._work[panel.id] = Work(key)
+            self._failures.pop(panel.id, None)
+            self.changed("panel", panel.id)
+        self.changed("progress", "")
+        sources = orders.references_for(self.story, wanted, self._with_art())
+        reading = [*sources, *(panels if start else [])]
+        read: dict[str, Any] = {}
+
+        def next_turn() -> None:
+            if key not in self._running:
+                return
+            if reading:
+                panel = reading.pop(0)
+                if panel.group in self._layers:
+                    read[panel.id] = self.document.picture(panel.group, self.rect(panel))
+                self._defer(next_turn)
+                return
+            here = [panel_id for panel_id in wanted if self.story.panel(panel_id) is not None]
+            sheets = {one.id: self.picture_of(one.id) for one in self.story.characters if one.picture}
+            rect = self.rect(panels[0])
+            order: Order[Any] = orders.order(
+                self.story,
+                here,
+                key=key,
+                size=orders.size_for((rect[2], rect[3]), self.model_size),
+                pictures={panel.id: read[panel.id] for panel in sources if panel.id in read},
+                sheets={name: data for name, data in sheets.items() if data},
+                variations=variations,
+                again=again,
+                start=read.get(wanted[0]) if start else None,
+                mask=mask,
+                strength=strength,
+                previews=self.previews,
+            )
+            self._running[key] = _Running(order, tuple(here))
+            self._desk.submit(order, self.told)
+
+        self._defer(next_turn)
+
+    def cancel(self, panel_id: str = "") -> None:
+        """Stops the job of a panel, or all of them."""
+        keys = {self._work[panel_id].key} if panel_id in self._work else set(self._running) if not panel_id else set()
+        for key in keys:
+            self._desk.cancel(key)
+            self._end(key)
+
+    def _stop_panels(self, panel_ids: Sequence[str]) -> None:
+        """Of panels that left the story; their job goes on while it has others to make."""
+        for panel_id in panel_ids:
+            work = self._work.pop(panel_id, None)
+            if work is not None and not any(other.key == work.key for other in self._work.values()):
+                self._desk.cancel(work.key)
+                self._end(work.key)
+
+    # ----------------------------------------------------------------------- what is told
+
+    def told(self, told: Told) -> None:
+        """What the desk says of an order."""
+        running = self._running.get(told.key)
+        if running is None:
+            return
+        if told.kind == "results":
+            self._arrived(running, told)
+        elif told.kind == "failed":
+            assert told.failure is not None
+            for panel_id in running.panels:
+                self._failures[panel_id] = told.failure
+            self._end(told.key)
+        elif told.kind == "cancelled":
+            self._end(told.key)
+        elif told.kind == "preview":
+            self._show_preview(told)
+        elif told.kind == "expired":
+            self._end(told.key)
+        else:
+            self._progressed(running, told)
+
+    def _progressed(self, running: _Running, told: Told) -> None:
+        states = {"waiting": "waiting", "sent": "queued", "position": "queued", "loading": "loading",
+                  "started": "loading", "step": "sampling"}  # fmt: skip
+        panels: Sequence[str] = running.panels
+        if told.kind == "step":
+            panels = told.data.get("panels", ())
+            self._measure(running, panels, told.data.get("step", 0), told.data.get("steps", 1))
+            self._let_wait(running, panels)
+        elif told.kind == "panel":
+            panel_id = told.data.get("panel", "")
+            running.made.add(panel_id)
+            if panel_id in self._work:
+                self._work[panel_id].state = "placing"
+                self.changed("panel", panel_id)
+            return
+        elif told.kind not in states:
+            return
+        if told.kind == "waiting":
+            running.began, running.steps_done, running.tail = None, 0, 0
+        for panel_id in panels:
+            work = self._work.get(panel_id)
+            if work is not None and work.key == told.key:
+                work.state = states[told.kind]
+                work.step, work.steps = told.data.get("step", 0), told.data.get("steps", 0)
+                work.position = told.data.get("position", work.position)
+                self.changed("panel", panel_id)
+        self.changed("progress", "")
+
+    def _let_wait(self, running: _Running, sampled: Sequence[str]) -> None:
+        """The panels of a job whose turn has not come yet."""
+        for panel_id in running.panels:
+            work = self._work.get(panel_id)
+            if work is not None and panel_id not in sampled and work.state in ("waiting", "loading"):
+                work.state, work.position = "queued", 0
+                self.changed("panel", panel_id)
+
+    def _measure(self, running: _Running, panels: Sequence[str], step: int, steps: int) -> None:
+        if step <= 1 or running.began is None:
+            running.began, running.steps_done = self._clock(), 0  # the first step holds what happens once
+        else:
+            running.steps_done += len(panels)
+        others = len(running.panels) - len(running.made | set(panels))
+        running.tail = (steps - step) * len(panels) + others * steps
+
+    def _arrived(self, running: _Running, told: Told) -> None:
+        order = running.order
+        assert order is not None
+        waiting = list(told.results)
+        for panel_id, _, _ in waiting:
+            if panel_id in self._work:
+                self._work[panel_id].state = "placing"
+
+        def next_turn() -> None:
+            if told.key not in self._running:
+                return
+            if waiting:
+                panel_id, picture, seed = waiting.pop(0)
+                self._place(order, panel_id, picture, seed)
+            else:
+                self._end(told.key)
+                self._remember_looks(order.panels)
+                return
+            self._defer(next_turn)
+
+        self.document.remove_previews()
+        self._defer(next_turn)
+
+    def _place(self, order: Order[Any], panel_id: str, picture: Any, seed: int) -> None:
+        """One result into the document: a new layer over the earlier takes, under what was painted over them.
+
+        What was made from the panel's own picture has the paint in it already, and lies over it.
+        """
+        panel = self.story.panel(panel_id)
+        self._work.pop(panel_id, None)
+        if panel is None or not self.document.is_open():
+            return
+        self._layers = {layer.id: layer for layer in self.document.layers()}
+        self._ensure_group(panel)
+        earlier = [take.layer for take in panel.takes if take.layer in self._layers]
+        number = len(panel.takes) + 1
+        over = order.kind in ("refine", "inpaint")
+        under_paint = [take.layer for take in panel.takes if take.layer in earlier and not take.over]
+        above = under_paint[-1] if under_paint and not over else ""
+        layer = self.document.add_take(panel.group, take_title(number), picture, self.rect(panel), above)
+        variation = order.variations.get(panel_id, panel.variation)
+        panel.takes.append(Take(layer, seed, variation, dict(order.made.get(panel_id, {})), over=over))
+        panel.variation, panel.chosen = variation, layer
+        self._layers = {one.id: one for one in self.document.layers()}
+        if not self.selected:
+            self.selected = [panel_id]
+        shown, hidden = self._layout()
+        self.document.show([layer, *shown], [*earlier, *hidden])
+        self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
+        self._touch("panel", panel_id)
+
+    def _ensure_group(self, panel: Panel) -> None:
+        """The panel's group; one that the artist flattened becomes a take in a new one."""
+        old = self._layers.get(panel.group)
+        if old is not None and old.group:
+            return
+        panel.group = self.document.create_panel(panel_title(self.story.panels.index(panel) + 1))
+        if old is not None:
+            self.document.move_into(old.id, panel.group)
+
+    def _remember_looks(self, panel_ids: Sequence[str]) -> None:
+        """What the others looked like when these were made, to know later whether somebody painted in them."""
+        for panel in self.story.panels:
+            take = panel.take
+            if panel.id in panel_ids and take is not None:
+                sources = orders.references_for(self.story, [panel.id], self._with_art())
+                take.looks = {other.id: self.document.look(other.group) for other in sources}
+        self._touch("progress")
+
+    def _end(self, key: str) -> None:
+        running = self._running.pop(key, None)
+        if running is None:
+            return
+        for panel_id in [panel_id for panel_id, work in self._work.items() if work.key == key]:
+            del self._work[panel_id]
+        for panel_id in running.panels:
+            self._previews.pop(panel_id, None)
+            self.changed("panel", panel_id)
+        if not self._running and self.document.is_open():
+            self.document.remove_previews()
+        self.changed("progress", "")
+
+    def _show_preview(self, told: Told) -> None:
+        panel = self.story.panel(told.data.get("panel", ""))
+        if panel is None or panel.id not in self._work:
+            return
+        self._previews[panel.id] = told.preview
+        seen = self.story.layout == "grid" or panel.id in self.selected[:1]
+        if self.previews and seen and self.document.is_open():
+            self.document.show_preview(told.preview, self.rect(panel))
+        self.changed("panel", panel.id)
+
+    def before_save(self) -> None:
+        """Nothing of ours that is not the artist's goes into a file, and nothing of theirs is left out."""
+        self.document.remove_previews()
+        self.flush()
+
+    def close(self) -> None:
+        """The document is gone: what is being made for it has no place any more."""
+        for key in list(self._running):
+            self._running.pop(key)
+            self._desk.cancel(key)
+        self._work.clear()
+
+    # ----------------------------------------------------------------------- takes
+
+    def takes(self, panel: Panel) -> list[Take]:
+        """Those whose layer is there; a layer that was deleted is a take that was deleted."""
+        return [take for take in panel.takes if take.layer in self._layers]
+
+    def choose_take(self, panel_id: str, step: int) -> None:
+        """Shows the next (1) or the one before (-1)."""
+        panel = self.story.panel(panel_id)
+        takes = self.takes(panel) if panel is not None else []
+        if panel is None or not takes:
+            return
+        at = next((i for i, take in enumerate(takes) if take.layer == panel.chosen), len(takes) - 1)
+        self._choose(panel, takes[min(max(at + step, 0), len(takes) - 1)].layer)
+
+    def _choose(self, panel: Panel, layer: str) -> None:
+        panel.chosen = layer
+        take = panel.take
+        if take is not None:
+            panel.variation = take.variation
+        self.document.show([layer], [one.layer for one in self.takes(panel) if one.layer != layer])
+        self._thumbnails[panel.id] = self.document.thumbnail(panel.group, THUMBNAIL)
+        self._touch("panel", panel.id)
+
+    def discard_take(self, panel_id: str) -> None:
+        """Removes the layer of the take that is seen; undo brings it back."""
+        panel = self.story.panel(panel_id)
+        if panel is not None and panel.take is not None:
+            self.document.remove(panel.take.layer)
+            self.poll()
+
+    # ----------------------------------------------------------------------- selecting
+
+    def select(self, panel_ids: Sequence[str]) -> None:
+        """Selected here is selected in Krita; in a stack it is also the one that is seen."""
+        if list(panel_ids) == self.selected:
+            return
+        before, self.selected = self.selected, list(panel_ids)
+        for panel_id in {*before, *panel_ids}:
+            self.changed("panel", panel_id)
+        panel = self.story.panel(panel_ids[0]) if panel_ids else None
+        if panel is not None and panel.group in self._layers and before[:1] != self.selected[:1]:
+            if self._panel_of(self._active) is not panel:
+                self.document.activate(panel.group)
+                self._active = panel.group
+            self._show_layout()
+
+    def _show_layout(self) -> None:
+        self.document.show(*self._layout())
+
+    def _layout(self) -> tuple[list[str], list[str]]:
+        """Groups to show and to hide: a stack shows one panel, a page all of them."""
+        groups = [panel.group for panel in self.story.panels if panel.group in self._layers]
+        chosen = self.story.panel(self.selected[0]) if self.selected else None
+        if self.story.layout == "grid":
+            return groups, []
+        if chosen is not None and chosen.group in groups:
+            return [chosen.group], [group for group in groups if group != chosen.group]
+        return [], []
+
+    def _panel_of(self, layer: str) -> Panel | None:
+        """The panel that a layer is in."""
+        groups = {panel.group: panel for panel in self.story.panels if panel.group}
+        while layer:
+            if layer in groups:
+                return groups[layer]
+            layer = self._layers[layer].parent if layer in self._layers else ""
+        return None
+
+    # ----------------------------------------------------------------------- what the artist did in Krita
+
+    def poll(self) -> None:
+        """Looks at the layers: Krita has no signal for them. A millisecond or two."""
+        before = self._layers
+        self._layers = {layer.id: layer for layer in self.document.layers()}
+        if before.keys() != self._layers.keys():
+            self._follow_merges(before)
+        for panel in self.story.panels:
+            self._follow_takes(panel, before)
+        if before.keys() != self._layers.keys():
+            self._thumbnails.clear()
+            self.changed("story", "")
+        selection = self.document.has_selection()
+        if selection != self._selection:
+            self._selection = selection
+            for panel in self.story.panels:
+                self.changed("panel", panel.id)
+        self._follow_active_layer()
+        self._refresh_thumbnail()
+
+    def _follow_merges(self, before: dict[str, Layer]) -> None:
+        """A group that went in the same moment as one layer came was flattened into it."""
+        gone = [panel for panel in self.story.panels if panel.group in before and panel.group not in self._layers]
+        roots = [layer for layer in self._layers.values() if layer.id not in before and not layer.group]
+        if len(gone) == 1 and len(roots) == 1 and self._panel_of(roots[0].id) is None:
+            panel, layer = gone[0], roots[0]
+            panel.takes = [*panel.takes, Take(layer.id, made=dict(panel.take.made) if panel.take else {})]
+            panel.group = panel.chosen = layer.id
+            self._touch("panel", panel.id)
+
+    def _follow_takes(self, panel: Panel, before: dict[str, Layer]) -> None:
+        here = self.takes(panel)
+        if not here:
+            return
+        returned = [take for take in here if take.layer not in before]
+        seen = [take for take in here if self._layers[take.layer].visible]
+        if returned and before and returned[-1].layer != panel.chosen:
+            self._choose(panel, returned[-1].layer)  # redo
+        elif panel.chosen not in self._layers:
+            self._choose(panel, here[-1].layer)  # undo, or deleted
+        elif len(seen) == 1 and seen[0].layer != panel.chosen:
+            panel.chosen = seen[0].layer  # shown in Krita's own layer list
+            self._touch("panel", panel.id)
+
+    def _follow_active_layer(self) -> None:
+        active = self.document.active_layer()
+        if active != self._active:
+            self._active = active
+            panel = self._panel_of(active)
+            if panel is not None and panel.id not in self.selected:
+                self.select([panel.id])
+
+    def _refresh_thumbnail(self) -> None:
+        """One a call: the active panel every other time, the rest in turn."""
+        panels = [panel for panel in self.story.panels if panel.group in self._layers]
+        if not panels:
+            return
+        self._turn += 1
+        active = self._panel_of(self._active)
+        panel = active if active in panels and self._turn % 2 else panels[self._turn // 2 % len(panels)]
+        assert panel is not None
+        image = self.document.thumbnail(panel.group, THUMBNAIL)
+        if image != self._thumbnails.get(panel.id):
+            self._thumbnails[panel.id] = image
+            self.changed("panel", panel.id)
+
+    def thumbnail(self, panel_id: str) -> Any:
+        """What the panel looks like: while it is made, as far as it is."""
+        if panel_id in self._previews:
+            return self._previews[panel_id]
+        panel = self.story.panel(panel_id)
+        if panel_id not in self._thumbnails and panel is not None and panel.group in self._layers:
+            self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
+        return self._thumbnails.get(panel_id)
+
+    # ----------------------------------------------------------------------- what rows and lines show
+
+    def view(self, panel: Panel) -> PanelView:
+        problem = self.story.problem(panel)
+        state, text, remedy, fraction = self._state(panel, problem)
+        takes = self.takes(panel)
+        at = next((i + 1 for i, take in enumerate(takes) if take.layer == panel.chosen), 0)
+        return PanelView(
+            id=panel.id,
+            number=self.story.panels.index(panel) + 1,
+            prompt=panel.prompt,
+            caption=panel.caption,
+            problem=problem,
+            state=state,
+            text=text,
+            remedy=remedy,
+            fraction=fraction,
+            take=at,
+            takes=len(takes),
+            locked=panel.locked,
+            seed=panel.seed,
+            selected=panel.id in self.selected,
+            inside_selection=self._selection and self.has_art(panel),
+        )
+
+    def _state(self, panel: Panel, problem: str) -> tuple[str, str, str, float | None]:
+        work, failure = self._work.get(panel.id), self._failures.get(panel.id)
+        if work is not None:
+            fraction = work.step / work.steps if work.state == "sampling" and work.steps else None
+            return work.state, _working(work), "", fraction
+        if problem:
+            return "problem", problem, "", None
+        if failure is not None:
+            return "failed", failure.sentence, failure.remedy, None
+        if not self.has_art(panel):
+            return "empty", tr("not made yet"), "", None
+        changed = self.story.changed(panel)
+        if changed:
+            return "stale", _changed_text(changed), "", None
+        return "done", tr("done"), "", None
+
+    def progress(self) -> Progress:
+        if not self._running:
+            return Progress("")
+        key, running = next(iter(self._running.items()))
+        works = [work for work in self._work.values() if work.key == key]
+        sampling = [work for work in works if work.state == "sampling"]
+        rest = len(self._running) - 1
+        more = tr(" · {count} more waiting", count=rest) if rest else ""
+        if not sampling:
+            return Progress((_working(works[0]) if works else tr("placing")).capitalize() + more)
+        steps = max(1, sampling[0].steps) * len(running.panels)
+        fraction = max(0.0, 1 - running.tail / steps)
+        count = len(running.panels)
+        text = tr("{count} panels", count=count) if count > 1 else panel_title(self._number(running.panels[0]))
+        if running.steps_done and running.began is not None:
+            left = (self._clock() - running.began) / running.steps_done * running.tail
+            text += " · " + _duration(left)
+        return Progress(text + more, fraction)
+
+    def _number(self, panel_id: str) -> int:
+        return next((i + 1 for i, panel in enumerate(self.story.panels) if panel.id == panel_id), 0)
+
+    @property
+    def working(self) -> bool:
+        return bool(self._running)
+
+
+def _working(work: Work) -> str:
+    if work.state == "sampling":
+        return tr("step {step} of {steps}", step=work.step, steps=work.steps)
+    if work.state == "queued" and work.position:
+        return tr("waiting behind {count} jobs", count=work.position)
+    return {
+        "waiting": tr("waiting for the backend"),
+        "queued": tr("waiting"),
+        "loading": tr("loading the model"),
+        "placing": tr("placing"),
+    }[work.state]
+
+
+def _changed_text(parts: Sequence[str]) -> str:
+    words = {
+        "prompt": tr("prompt"),
+        "characters": tr("characters"),
+        "style": tr("style"),
+        "model": tr("model"),
+        "seed": tr("seed"),
+    }
+    return tr("changed since made: {parts}", parts=", ".join(words[part] for part in parts if part in words))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return tr("{seconds} s left", seconds=max(1, round(seconds)))
+    return tr("{minutes} min left", minutes=round(seconds / 60))
+
+
+def frame_of(number: int, count: int, canvas: tuple[int, int]) -> Rect:
+    """Panel `number` (from 0) of `count` on a page, in reading order, with gutters of 2 % of the page."""
+    width, height = canvas
+    columns = 1
+    while columns * _rows_for(columns, width, height) < count:
+        columns += 1
+    rows = -(-count // columns)
+    gutter = max(1, round(min(width, height) * 0.02))
+    w = (width - gutter * (columns + 1)) // columns
+    h = (height - gutter * (rows + 1)) // rows
+    row, column = divmod(number, columns)
+    return (gutter + column * (w + gutter), gutter + row * (h + gutter), w, h)
+
+
+def _rows_for(columns: int, width: int, height: int) -> int:
+    """Rows of about square panels."""
+    return max(1, round(height / (width / columns)))

@@ -1,0 +1,360 @@
+"""Krita's documents: the only code that touches nodes, pixels, undo and annotations.
+
+Kept here: nothing of the artist's is overwritten. A result is a new layer (`addChildNode`: one undo step);
+existing layers are only shown or hidden. All of it runs on the GUI thread.
+
+A panel is a group layer, known by its id, which survives saving, renaming and moving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from . import pictures
+from .qt import QtCore, QtGui
+from .texts import tr
+
+#: by name, because a layer that was saved by an autosave and recovered has no other mark
+PREVIEW_NAME = "StoryDiffusion preview"
+STORY_ANNOTATION = "storydiffusion/story"
+PICTURE_ANNOTATION = "storydiffusion/picture/"
+
+Rect = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as it is now; `parent` is "" for those at the root."""
+
+    id: str
+    parent: str
+    name: str
+    group: bool
+    visible: bool
+
+
+class StoryDocument(Protocol):
+    """What a controller needs of a document. Pictures are opaque to it."""
+
+    def is_open(self) -> bool: ...
+    def size(self) -> tuple[int, int]: ...
+    def load(self, name: str) -> bytes: ...
+    def save(self, name: str, data: bytes) -> None: ...
+    def layers(self) -> list[Layer]: ...
+    def active_layer(self) -> str: ...
+    def activate(self, layer: str) -> None: ...
+    def create_panel(self, title: str) -> str: ...
+    def move_into(self, layer: str, group: str) -> None: ...
+    def add_take(self, group: str, title: str, picture: Any, rect: Rect, above: str) -> str: ...
+    def remove(self, layer: str) -> None: ...
+    def show(self, shown: Sequence[str], hidden: Sequence[str]) -> None: ...
+    def picture(self, layer: str, rect: Rect) -> Any: ...
+    def thumbnail(self, layer: str, size: int) -> Any: ...
+    def look(self, layer: str) -> str: ...
+    def selection(self, rect: Rect) -> Any | None: ...
+    def has_selection(self) -> bool: ...
+    def show_preview(self, picture: Any, rect: Rect) -> None: ...
+    def remove_previews(self) -> None: ...
+
+
+class Node(Protocol):
+    """The part of krita.Node that is used (5.1 and later)."""
+
+    def uniqueId(self) -> Any: ...  # noqa: N802
+    def name(self) -> str: ...
+    def type(self) -> str: ...
+    def visible(self) -> bool: ...
+    def setVisible(self, visible: bool) -> None: ...  # noqa: N802
+    def setLocked(self, locked: bool) -> None: ...  # noqa: N802
+    def childNodes(self) -> list[Node]: ...  # noqa: N802
+    def parentNode(self) -> Node | None: ...  # noqa: N802
+    def addChildNode(self, child: Node, above: Node | None) -> bool: ...  # noqa: N802
+    def removeChildNode(self, child: Node) -> bool: ...  # noqa: N802
+    def remove(self) -> bool: ...
+    def setPixelData(self, data: bytes, x: int, y: int, w: int, h: int) -> bool: ...  # noqa: N802
+    def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
+    def projectionPixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
+    def thumbnail(self, w: int, h: int) -> QtGui.QImage: ...
+
+
+class Selection(Protocol):
+    def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
+
+
+class Document(Protocol):
+    """The part of krita.Document that is used."""
+
+    def width(self) -> int: ...
+    def height(self) -> int: ...
+    def resolution(self) -> int: ...
+    def colorModel(self) -> str: ...  # noqa: N802
+    def colorDepth(self) -> str: ...  # noqa: N802
+    def colorProfile(self) -> str: ...  # noqa: N802
+    def setColorSpace(self, model: str, depth: str, profile: str) -> bool: ...  # noqa: N802
+    def rootNode(self) -> Node: ...  # noqa: N802
+    def topLevelNodes(self) -> list[Node]: ...  # noqa: N802
+    def nodeByUniqueID(self, node_id: QtCore.QUuid) -> Node | None: ...  # noqa: N802
+    def activeNode(self) -> Node | None: ...  # noqa: N802
+    def setActiveNode(self, node: Node) -> None: ...  # noqa: N802
+    def createGroupLayer(self, name: str) -> Node: ...  # noqa: N802
+    def createNode(self, name: str, kind: str) -> Node: ...  # noqa: N802
+    def selection(self) -> Selection | None: ...
+    def annotation(self, name: str) -> Any: ...
+    def setAnnotation(self, name: str, description: str, data: bytes) -> None: ...  # noqa: N802
+    def removeAnnotation(self, name: str) -> None: ...  # noqa: N802
+    def setModified(self, modified: bool) -> None: ...  # noqa: N802
+    def modified(self) -> bool: ...
+    def refreshProjection(self) -> None: ...  # noqa: N802
+    def waitForDone(self) -> None: ...  # noqa: N802
+    def close(self) -> bool: ...
+
+
+class Application(Protocol):
+    """The part of krita.Krita that is used."""
+
+    def documents(self) -> list[Document]: ...
+    def activeDocument(self) -> Document | None: ...  # noqa: N802
+    def createDocument(  # noqa: N802
+        self, w: int, h: int, name: str, model: str, depth: str, profile: str, resolution: float
+    ) -> Document: ...
+
+
+SRGB = "sRGB-elle-V2-srgbtrc.icc"
+
+
+class KritaDocument:
+    """A `StoryDocument` in Krita."""
+
+    def __init__(self, application: Application, document: Document) -> None:
+        self._application, self._document = application, document
+        self._preview: Node | None = None
+        self._previewed: set[Rect] = set()
+
+    def is_of(self, document: Document) -> bool:
+        """Krita hands out a new wrapper every time; they are equal where the document is the same."""
+        return self._document == document
+
+    def is_open(self) -> bool:
+        return any(self._document == one for one in self._application.documents())
+
+    def size(self) -> tuple[int, int]:
+        return self._document.width(), self._document.height()
+
+    # ----------------------------------------------------------------------- the document's memory
+
+    def load(self, name: str) -> bytes:
+        return _bytes(self._document.annotation(name))
+
+    def save(self, name: str, data: bytes) -> None:
+        if data == self.load(name):
+            return
+        if data:
+            self._document.setAnnotation(name, "StoryDiffusion", data)
+        else:
+            self._document.removeAnnotation(name)
+        self._document.setModified(True)  # Krita asks before closing only if this says so
+
+    # ----------------------------------------------------------------------- layers
+
+    def layers(self) -> list[Layer]:
+        """All layers, without masks and previews."""
+        found: list[Layer] = []
+        waiting = [(node, "") for node in self._document.topLevelNodes()]
+        while waiting:
+            node, parent = waiting.pop()
+            kind, name = node.type(), node.name()
+            if not kind.endswith("layer") or name == PREVIEW_NAME:
+                continue
+            layer = Layer(_id(node), parent, name, kind == "grouplayer", node.visible())
+            found.append(layer)
+            if layer.group:
+                waiting += [(child, layer.id) for child in node.childNodes()]
+        return found
+
+    def active_layer(self) -> str:
+        node = self._document.activeNode()
+        return _id(node) if node is not None else ""
+
+    def activate(self, layer: str) -> None:
+        node = self._node(layer)
+        if node is not None:
+            self._document.setActiveNode(node)
+
+    def create_panel(self, title: str) -> str:
+        group = self._document.createGroupLayer(title)
+        self._document.rootNode().addChildNode(group, None)
+        return _id(group)
+
+    def move_into(self, layer: str, group: str) -> None:
+        node, into = self._node(layer), self._node(group)
+        parent = node.parentNode() if node is not None else None
+        if node is not None and into is not None and parent is not None:
+            parent.removeChildNode(node)
+            into.addChildNode(node, None)
+
+    def add_take(self, group: str, title: str, picture: QtGui.QImage, rect: Rect, above: str) -> str:
+        """A new layer with a picture in it, above another one or on top of the group.
+
+        Pixels go in before the layer joins the document, so that undo and redo take it away and
+        bring it back whole.
+        """
+        x, y, width, height = rect
+        layer = self._document.createNode(title, "paintlayer")
+        layer.setPixelData(self._native(pictures.cropped(picture, width, height)), x, y, width, height)
+        into = self._node(group)
+        assert into is not None
+        below = self._node(above) if above else None
+        into.addChildNode(layer, below)
+        self._document.setModified(True)
+        return _id(layer)
+
+    def remove(self, layer: str) -> None:
+        node = self._node(layer)
+        if node is not None:
+            node.setLocked(False)
+            node.remove()
+
+    def show(self, shown: Sequence[str], hidden: Sequence[str]) -> None:
+        changed = False
+        for layers, visible in ((shown, True), (hidden, False)):
+            for layer in layers:
+                node = self._node(layer)
+                if node is not None and node.visible() != visible:
+                    node.setVisible(visible)
+                    changed = True
+        if changed:
+            self._document.setModified(True)
+            self._document.refreshProjection()
+
+    def _node(self, layer: str) -> Node | None:
+        """Ids of layers that undo has taken out are not found: they are not in the document."""
+        return self._document.nodeByUniqueID(QtCore.QUuid(layer)) if layer else None
+
+    # ----------------------------------------------------------------------- pixels
+
+    def picture(self, layer: str, rect: Rect) -> QtGui.QImage:
+        """What the artist sees of it, also of what they painted in its group just now."""
+        node = self._node(layer)
+        assert node is not None
+        self._document.waitForDone()
+        x, y, width, height = rect
+        return self._eight_bit(_bytes(node.projectionPixelData(x, y, width, height)), width, height)
+
+    def thumbnail(self, layer: str, size: int) -> QtGui.QImage | None:
+        node = self._node(layer)
+        return node.thumbnail(size, size) if node is not None else None
+
+    def look(self, layer: str) -> str:
+        image = self.thumbnail(layer, 64)
+        return pictures.look(image) if image is not None else ""
+
+    def selection(self, rect: Rect) -> QtGui.QImage | None:
+        """The selection inside a panel's frame, or None if it leaves it out."""
+        selection = self._document.selection()
+        if selection is None:
+            return None
+        data = _bytes(selection.pixelData(*rect))
+        return pictures.from_mask(data, rect[2], rect[3]) if any(data) else None
+
+    def has_selection(self) -> bool:
+        return self._document.selection() is not None
+
+    def _plain(self) -> bool:
+        """Whether the document's pixels are 8-bit sRGB, which needs no conversion."""
+        document = self._document
+        return (
+            document.colorModel() == "RGBA"
+            and document.colorDepth() == "U8"
+            and "srgb" in document.colorProfile().lower()
+        )
+
+    def _native(self, image: QtGui.QImage) -> bytes:
+        """A picture as pixels of this document's colour space."""
+        data = pictures.to_pixels(image)
+        if self._plain():
+            return data
+        document = self._document
+        source = ("RGBA", "U8", SRGB)
+        target = (document.colorModel(), document.colorDepth(), document.colorProfile())
+        return self._converted(data, image.width(), image.height(), source, target)
+
+    def _eight_bit(self, data: bytes, width: int, height: int) -> QtGui.QImage:
+        """Pixels of this document's colour space as a picture."""
+        if not self._plain():
+            document = self._document
+            source = (document.colorModel(), document.colorDepth(), document.colorProfile())
+            data = self._converted(data, width, height, source, ("RGBA", "U8", SRGB))
+        return pictures.from_pixels(data, width, height)
+
+    def _converted(
+        self, data: bytes, width: int, height: int, source: tuple[str, str, str], target: tuple[str, str, str]
+    ) -> bytes:
+        """Pixels in another colour space, by Krita's own colour management: through a document nobody sees."""
+        scratch = self._application.createDocument(width, height, "scratch", *source, 72.0)
+        try:
+            layer = scratch.createNode("pixels", "paintlayer")
+            layer.setPixelData(data, 0, 0, width, height)
+            scratch.rootNode().addChildNode(layer, None)
+            scratch.setColorSpace(*target)
+            scratch.waitForDone()
+            return _bytes(layer.pixelData(0, 0, width, height))
+        finally:
+            scratch.setModified(False)
+            scratch.close()
+
+    # ----------------------------------------------------------------------- previews
+
+    def show_preview(self, picture: QtGui.QImage, rect: Rect) -> None:
+        """On one locked layer over everything; neither its pixels nor its going mark the document modified.
+
+        Adding and removing it are steps of Krita's undo history all the same. So it leaves empty and hidden:
+        an undo that brings it back shows nothing.
+        """
+        modified = self._document.modified()
+        node = self._preview
+        if node is None or node.parentNode() is None:
+            node = self._preview = self._document.createNode(PREVIEW_NAME, "paintlayer")
+            node.setLocked(True)
+            self._document.rootNode().addChildNode(node, None)
+        x, y, width, height = rect
+        node.setPixelData(self._native(pictures.cropped(picture, width, height)), x, y, width, height)
+        self._previewed.add(rect)
+        self._document.refreshProjection()
+        self._document.setModified(modified)
+
+    def remove_previews(self) -> None:
+        """All of them, also those that a crash or an undo left behind."""
+        found = [node for node in self._document.topLevelNodes() if node.name() == PREVIEW_NAME]
+        if not found:
+            return
+        modified = self._document.modified()
+        for node in found:
+            node.setVisible(False)
+            for x, y, width, height in self._previewed:
+                length = len(_bytes(node.pixelData(x, y, 1, 1)))  # bytes of a pixel in this colour space
+                node.setPixelData(bytes(width * height * length), x, y, width, height)
+            node.setLocked(False)
+            node.remove()
+        self._preview = None
+        self._previewed.clear()
+        self._document.refreshProjection()
+        self._document.setModified(modified)
+
+
+def _id(node: Node) -> str:
+    return str(node.uniqueId().toString())
+
+
+def _bytes(data: Any) -> bytes:
+    """Krita's QByteArray as bytes, in PyQt5 and PyQt6."""
+    return data.data() if hasattr(data, "data") else bytes(data or b"")
+
+
+def panel_title(number: int) -> str:
+    return tr("Panel {number}", number=number)
+
+
+def take_title(number: int) -> str:
+    return tr("Take {number}", number=number)
