@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data.DATA)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--shards", type=int, default=10)
-    parser.add_argument("--latest", type=int, default=500, help="noisiest timestep to start from")
+    parser.add_argument("--latest", type=int, default=700, help="noisiest timestep to start from")
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -50,9 +50,7 @@ def main() -> None:
             ids = tokenize(tokenizer, [captions.describe(scene, rng).text for scene in scenes])
             t = torch.randint(20, args.latest, (len(x0),))
             noisy = noising.add_noise(x0, torch.randn_like(x0), t)
-            velocity = unet(noisy, t, text(ids).last_hidden_state).sample
-            abar = noising.alphas_cumprod[t].view(-1, 1, 1, 1)
-            rows.append((abar.sqrt() * noisy - (1 - abar).sqrt() * velocity).half().numpy())
+            rows.append(unet(noisy, t, text(ids).last_hidden_state).sample.half().numpy())
         path = denoised_path(args.data, number)
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, np.concatenate(rows))

@@ -1,7 +1,9 @@
 """Stage 3, the U-Net: `python -m training.unet`.
 
 A stock UNet2DConditionModel with two levels, transformer layers at both, trained on the stored
-latents with v-prediction on a zero-terminal-SNR schedule (Lin et al. 2024). One picture at a time:
+latents on a zero-terminal-SNR schedule (Lin et al. 2024). It predicts the clean latents themselves:
+they are smooth, noise and velocity fill all 48 dimensions of a token, and a small network asked for
+those leaves grain in everything it makes (Li and He, 'Back to basics', 2025). One picture at a time:
 nothing attends across pictures, so that consistency stays zero-shot. The loss is weighted in space
 (figures above scenery, hats most), which moves effort, not the optimum: the weights do not depend on
 the noise.
@@ -56,7 +58,7 @@ def scheduler() -> DDIMScheduler:
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
+        prediction_type="sample",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
@@ -181,6 +183,8 @@ def train(args: argparse.Namespace) -> None:
     odds = list(itertools.accumulate(map(interest, scenes)))
     per_channel = load_code(args.data).channel_weights().view(1, -1, 1, 1)
     noise_schedule = scheduler()
+    # velocity's weight, 1 / (1 - abar), bounded: the cleanest steps would drown the others
+    importance = (1 / (1 - noise_schedule.alphas_cumprod)).clamp(max=5)
     uncond = tokenize(tokenizer, [""])
     last_show = training.budget.spent
 
@@ -201,9 +205,9 @@ def train(args: argparse.Namespace) -> None:
         u = (torch.arange(len(numbers)) + torch.rand(len(numbers))) / len(numbers)
         timesteps = (u * 1000).long().clamp(max=999)
         noisy = noise_schedule.add_noise(x0, noise, timesteps)
-        target = noise_schedule.get_velocity(x0, noise, timesteps)
         predicted = unet(noisy, timesteps, prompt_embeds).sample
-        training.learn((((predicted - target).square() * per_channel).mean(1) * weights[numbers]).mean())
+        errors = (predicted - x0).square() * importance[timesteps].view(-1, 1, 1, 1) * per_channel
+        training.learn((errors.mean(1) * weights[numbers]).mean())
         if training.budget.spent - last_show > args.show_every:
             show(averaged(), args, training.run.folder / f"samples-{step:06d}.png")
             print({name: round(share, 2) for name, share in told(averaged(), args).items()}, flush=True)
