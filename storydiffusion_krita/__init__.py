@@ -4,10 +4,10 @@ Krita imports this package by itself. Everywhere else (tests, tools) only its mo
 """
 
 try:
-    import krita
+    from krita import Krita
 except ImportError:
     pass
 else:
     from .plugin import register
 
-    register(krita.Krita.instance())
+    register(Krita.instance())

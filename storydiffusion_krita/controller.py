@@ -313,12 +313,14 @@ class Controller:
         mask = self.document.selection(self.rect(panel)) if self.has_art(panel) else None
         same = bool(panel.take is None or self.story.changed(panel) or self._others_changed(panel))
         variations = {panel_id: panel.variation if same and mask is None else self._next(panel)}
+        self.select([panel_id])  # the artist wants to see it
         self._order([panel_id], variations, again=True, mask=mask, start=mask is not None)
 
     def refine(self, panel_id: str, strength: float) -> None:
         """Changes the panel's picture a little (0) or entirely (1)."""
         panel = self.story.panel(panel_id)
         if panel is not None and self.can_make(panel) and self.has_art(panel):
+            self.select([panel_id])
             self._order([panel_id], {panel_id: self._next(panel)}, again=True, start=True, strength=strength)
 
     def _next(self, panel: Panel) -> int:
@@ -498,7 +500,12 @@ class Controller:
                 return
             if waiting:
                 panel_id, picture, seed = waiting.pop(0)
-                self._place(order, panel_id, picture, seed)
+                try:
+                    self._place(order, panel_id, picture, seed)
+                except Exception:  # a mistake, to be seen; but the docker does not wait for what will not come
+                    self._failures[panel_id] = Failure("error", tr("The picture could not be put into the document."))
+                    self._end(told.key)
+                    raise
             else:
                 self._end(told.key)
                 self._remember_looks(order.panels)

@@ -27,6 +27,7 @@ class StoryDocker(QtWidgets.QWidget):
         super().__init__()
         self._controller: Controller | None = None
         self._models: dict[str, dict[str, Any]] = {}
+        self._status = backend.status
         self.status = StatusLine()
         self.settings = SettingsPage(settings, backend)
         self.settings.hide()
@@ -198,6 +199,7 @@ class StoryDocker(QtWidgets.QWidget):
             self._show_all()
 
     def show_status(self, status: Status) -> None:
+        self._status = status
         story = self._controller.story if self._controller is not None else None
         model = self._models.get(story.model, {}).get("title", story.model) if story is not None else ""
         self.status.show_status(status, model)
@@ -253,6 +255,7 @@ class StoryDocker(QtWidgets.QWidget):
         self.model_note.setVisible(bool(failure))
         self.add_panel.setEnabled(not controller.readonly)
         self.settings.show_story(controller)
+        self.show_status(self._status)  # it names the model
 
     def _show_bar(self) -> None:
         controller = self._controller

@@ -8,7 +8,8 @@ A panel is a group layer, known by its id, which survives saving, renaming and m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from .texts import tr
 PREVIEW_NAME = "StoryDiffusion preview"
 STORY_ANNOTATION = "storydiffusion/story"
 PICTURE_ANNOTATION = "storydiffusion/picture/"
+
+#: how often, and for how long, Krita is watched for activating a layer that was added
+STAY_MS, STAY_SECONDS = 20, 0.6
 
 Rect = tuple[int, int, int, int]
 
@@ -131,6 +135,7 @@ class KritaDocument:
         self._application, self._document = application, document
         self._preview: Node | None = None
         self._previewed: set[Rect] = set()
+        self._staying, self._ours, self._stay_until = "", set[str](), 0.0
 
     def is_of(self, document: Document) -> bool:
         """Krita hands out a new wrapper every time; they are equal where the document is the same."""
@@ -161,30 +166,54 @@ class KritaDocument:
     def layers(self) -> list[Layer]:
         """All layers, without masks and previews."""
         found: list[Layer] = []
+        for node, parent in self._nodes():
+            kind, name = node.type(), node.name()
+            if kind.endswith("layer") and name != PREVIEW_NAME:
+                found.append(Layer(_id(node), parent, name, kind == "grouplayer", node.visible()))
+        return found
+
+    def _nodes(self) -> Iterator[tuple[Node, str]]:
+        """Every layer with its parent's id, those in groups too."""
         waiting = [(node, "") for node in self._document.topLevelNodes()]
         while waiting:
             node, parent = waiting.pop()
-            kind, name = node.type(), node.name()
-            if not kind.endswith("layer") or name == PREVIEW_NAME:
-                continue
-            layer = Layer(_id(node), parent, name, kind == "grouplayer", node.visible())
-            found.append(layer)
-            if layer.group:
-                waiting += [(child, layer.id) for child in node.childNodes()]
-        return found
+            yield node, parent
+            if node.type() == "grouplayer":
+                waiting += [(child, _id(node)) for child in node.childNodes()]
 
     def active_layer(self) -> str:
         node = self._document.activeNode()
         return _id(node) if node is not None else ""
 
     def activate(self, layer: str) -> None:
+        self._ours.clear()
         node = self._node(layer)
         if node is not None:
             self._document.setActiveNode(node)
 
+    def _stay(self, added: Node) -> None:
+        """Krita activates a layer that was added, some turns later: the artist goes on where they were."""
+        if not self._ours:
+            self._staying = self.active_layer()
+            QtCore.QTimer.singleShot(STAY_MS, self._return)
+        self._ours.add(_id(added))
+        self._stay_until = time.monotonic() + STAY_SECONDS
+
+    def _return(self) -> None:
+        late = time.monotonic() > self._stay_until
+        if self._ours and self.is_open() and self.active_layer() in self._ours:
+            node = self._node(self._staying)
+            if node is not None:
+                self._document.setActiveNode(node)
+        if late:
+            self._ours.clear()
+        elif self._ours:
+            QtCore.QTimer.singleShot(STAY_MS, self._return)
+
     def create_panel(self, title: str) -> str:
         group = self._document.createGroupLayer(title)
         self._document.rootNode().addChildNode(group, None)
+        self._stay(group)
         return _id(group)
 
     def move_into(self, layer: str, group: str) -> None:
@@ -207,6 +236,7 @@ class KritaDocument:
         assert into is not None
         below = self._node(above) if above else None
         into.addChildNode(layer, below)
+        self._stay(layer)
         self._document.setModified(True)
         return _id(layer)
 
@@ -230,7 +260,11 @@ class KritaDocument:
 
     def _node(self, layer: str) -> Node | None:
         """Ids of layers that undo has taken out are not found: they are not in the document."""
-        return self._document.nodeByUniqueID(QtCore.QUuid(layer)) if layer else None
+        found = self._document.nodeByUniqueID(QtCore.QUuid(layer)) if layer else None
+        if found is None or hasattr(type(found), "addChildNode"):
+            return found
+        # Krita 5.1 hands out a paint layer as a bare QObject here, which it does not take back as a node
+        return next((node for node, _ in self._nodes() if _id(node) == layer), None)
 
     # ----------------------------------------------------------------------- pixels
 
@@ -318,6 +352,7 @@ class KritaDocument:
             node = self._preview = self._document.createNode(PREVIEW_NAME, "paintlayer")
             node.setLocked(True)
             self._document.rootNode().addChildNode(node, None)
+            self._stay(node)
         x, y, width, height = rect
         node.setPixelData(self._native(pictures.cropped(picture, width, height)), x, y, width, height)
         self._previewed.add(rect)
@@ -329,6 +364,8 @@ class KritaDocument:
         found = [node for node in self._document.topLevelNodes() if node.name() == PREVIEW_NAME]
         if not found:
             return
+        if self.active_layer() in self._ours:  # removing it would activate any other
+            self.activate(self._staying)
         modified = self._document.modified()
         for node in found:
             node.setVisible(False)

@@ -8,7 +8,7 @@ from typing import Any
 from krita import DockWidget, DockWidgetFactory, DockWidgetFactoryBase, Extension, Krita
 
 from . import save_guard
-from .qt import QtCore
+from .qt import QtCore, QtWidgets
 from .settings import data_folder, load_settings
 from .studio import Studio
 from .texts import tr, use_language
@@ -55,8 +55,9 @@ class StoryExtension(Extension):  # type: ignore[misc]
         self._notifier = notifier  # it goes with its last reference
 
     def createActions(self, window: Any) -> None:  # noqa: N802
+        main = window.qwindow()  # `window` itself is gone when this returns
         for name, text, call in (
-            ("storydiffusion_show", tr("Show the Story docker"), lambda: _show(window)),
+            ("storydiffusion_show", tr("Show the Story docker"), lambda: _show(main)),
             ("storydiffusion_generate", tr("Story: generate"), lambda: studio().docker.generate_now()),
             ("storydiffusion_again", tr("Story: this panel again"), lambda: studio().docker.again_selected()),
             ("storydiffusion_cancel", tr("Story: cancel"), lambda: studio().docker.cancel_all()),
@@ -66,18 +67,18 @@ class StoryExtension(Extension):  # type: ignore[misc]
         ):
             window.createAction(name, text, "tools/scripts").triggered.connect(lambda _=False, call=call: call())
         # the window's own actions are there once it is built
-        QtCore.QTimer.singleShot(0, lambda: self._watch(window))
+        QtCore.QTimer.singleShot(0, lambda: self._watch(main))
 
-    def _watch(self, window: Any) -> None:
+    def _watch(self, main: QtWidgets.QMainWindow) -> None:
         found = [Krita.instance().action(name) for name in save_guard.ACTIONS]
-        self._guard.watch([action for action in found if action is not None], window.qwindow())
+        self._guard.watch([action for action in found if action is not None], main)
 
 
-def _show(window: Any) -> None:
-    for docker in window.dockers():
-        if docker.objectName() == DOCKER_ID:
-            docker.setVisible(True)
-            docker.raise_()
+def _show(main: QtWidgets.QMainWindow) -> None:
+    docker = main.findChild(QtWidgets.QDockWidget, DOCKER_ID)
+    if docker is not None:
+        docker.setVisible(True)
+        docker.raise_()
 
 
 def _trigger(name: str) -> None:

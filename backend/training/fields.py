@@ -101,7 +101,7 @@ def draw(scene: world.Scene) -> Array:
                     window[SLICES[name]] = word[:, None, None]
     seen = owners(scene)
     y, x = np.mgrid[0:GRID, 0:GRID] * PATCH + PATCH / 2
-    for n, (figure, left, top) in enumerate(world.figures(scene), 1):
+    for n, (figure, x0, y0) in enumerate(world.figures(scene), 1):
         here = seen == n
         traits = vars(figure.character) | {"action": figure.action}
         for name, words in FIGURE_WORDS.items():
@@ -109,8 +109,8 @@ def draw(scene: world.Scene) -> Array:
                 word = words[world.ATTRIBUTES[name].index(traits[name])]
                 out[SLICES[name], here] = word[:, None]
         out[SLICES["facing"], here] = figure.facing
-        out[SLICES["u"], here] = ((x - left - figure.x) / (60 * figure.scale))[here]
-        out[SLICES["v"], here] = ((y - top - figure.y) / (120 * figure.scale) + 1)[here]
+        out[SLICES["u"], here] = ((x - x0 - figure.x) / (60 * figure.scale))[here]
+        out[SLICES["v"], here] = ((y - y0 - figure.y) / (120 * figure.scale) + 1)[here]
         out[SLICES["figure"], here] = 1
     return out
 

@@ -297,6 +297,20 @@ def _load(folder: Path) -> AutoencoderKL:
     return vae
 
 
+def worsened(latents: Tensor) -> Tensor:
+    """Latents with the faults a U-Net's have: a little noise on everything, and for half of the pictures
+    colours that are blurred over their neighbours and far off, so that the drawing must come from what
+    the fields say. Left alone, a decoder draws from the components and never learns to read the rest."""
+    noise = NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1)
+    poor = (torch.rand(len(latents), 1, 1, 1) < 0.5).float()
+    components, rest = latents[:, :COMPONENTS], latents[:, COMPONENTS:]
+    blurred = F.avg_pool2d(F.pad(components, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    far = torch.lerp(components, blurred, torch.rand(len(latents), 1, 1, 1))
+    far = far + 1.5 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(components)
+    mixed = torch.cat([torch.lerp(components, far, poor), rest], 1)
+    return mixed + noise * torch.randn_like(latents)
+
+
 def train_decoder(args: argparse.Namespace) -> None:
     """Teach the decoder to draw what latents say."""
     pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
@@ -307,7 +321,7 @@ def train_decoder(args: argparse.Namespace) -> None:
     rng = random.Random(training.seed)
     for _ in training:
         latents, target = exact.draw(pictures, args.batch, args.crop, rng)
-        latents += NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(latents)
+        latents = worsened(latents)
         if len(denoised):
             half = args.batch // 2
             latents[:half], target[:half] = denoised.draw(pictures, half, args.crop, rng)

@@ -10,6 +10,7 @@ from .basics import Label, TagHighlighter, tone_colour
 
 TYPING_MS = 300
 MAX_SHOWN = 4
+HEIGHT = 120  # pixels: the panels below must not move when something else comes and goes
 
 
 class ScriptBox(QtWidgets.QWidget):
@@ -22,7 +23,7 @@ class ScriptBox(QtWidgets.QWidget):
             tr("A line a panel, for example:\n[Mira] wakes up in a cold house # The morning was cold.\n[NC] the river")
         )
         self.edit.setTabChangesFocus(True)
-        self.edit.setMinimumHeight(110)
+        self.edit.setFixedHeight(HEIGHT)
         document = self.edit.document()
         assert document is not None
         self._highlighter = TagHighlighter(document, captions=True)

@@ -118,6 +118,29 @@ def test_what_was_made_from_the_paint_lies_over_it_and_later_takes_under_it_agai
     assert made.document.look(one.group).endswith("+scarf"), "the refined take is hidden, the paint is seen"
 
 
+def test_a_panel_that_is_made_again_is_the_one_that_is_seen(made: Scene) -> None:
+    one = panel(made, 2)
+    made.controller.select([panel(made, 0).id])
+    made.controller.again(one.id)
+    assert made.controller.selected == [one.id]
+    assert made.document.node(one.group).visible
+
+
+def test_what_cannot_be_placed_is_a_failure_and_not_a_wait(made: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = panel(made, 1)
+
+    def refuse(*args: object) -> str:
+        raise TypeError
+
+    made.controller.again(one.id)
+    made.turns.run()
+    monkeypatch.setattr(made.document, "add_take", refuse)
+    with pytest.raises(TypeError):
+        made.finish()
+    assert not made.controller.working
+    assert made.controller.view(one).state == "failed"
+
+
 def test_painted_changes_are_what_other_panels_are_made_from(made: Scene) -> None:
     made.document.add("scarf", panel(made, 0).group, picture="red scarf")
     made.controller.again(panel(made, 2).id)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any
 
 import pytest
+from PyQt6.QtCore import QCoreApplication
 from PyQt6.QtGui import QColor, QImage
 
 from storydiffusion_krita import pictures
@@ -264,6 +266,67 @@ def test_layers_are_listed_with_their_parents_without_masks(document: Any) -> No
     krita.root.children[0].addChildNode(Node("mask", "transparencymask"), None)
     assert {(layer.id, layer.parent, layer.group) for layer in adapter.layers()} == {(group, "", True),
                                                                                      (take, group, False)}  # fmt: skip
+
+
+class Bare:
+    """A paint layer as Krita 5.1 finds it by its id: PyQt5 lets its slots be called, but it is no node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._node, name)
+
+
+def test_a_layer_found_by_its_id_is_one_that_krita_takes_back(document: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, krita = document
+    found = krita.nodeByUniqueID
+
+    def bare(uid: Any) -> Any:
+        node = found(uid)
+        return Bare(node) if node is not None and node.type() == "paintlayer" else node
+
+    monkeypatch.setattr(krita, "nodeByUniqueID", bare)
+    group = adapter.create_panel("Panel 1")
+    first = adapter.add_take(group, "Take 1", painted(), RECT, "")
+    krita.root.children[0].addChildNode(Node("paint", "paintlayer"), None)
+    adapter.add_take(group, "Take 2", painted(), RECT, first)
+    assert [node.name() for node in krita.root.children[0].children] == ["Take 1", "Take 2", "paint"]
+
+
+def turns(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        QCoreApplication.processEvents()
+
+
+def test_the_artist_stays_on_their_layer_when_others_are_added(document: Any) -> None:
+    adapter, krita = document
+    krita.application.opened = [krita]
+    mine, other = Node("mine", "paintlayer"), Node("other", "paintlayer")
+    for node in (mine, other):
+        krita.root.addChildNode(node, None)
+    krita.active = mine
+    group = adapter.create_panel("Panel 1")
+    adapter.add_take(group, "Take 1", painted(), RECT, "")
+    turns(0.05)
+    krita.active = krita.root.children[-1].children[0]  # Krita does this some turns later
+    turns(0.1)
+    assert krita.active is mine
+    krita.active = other  # what the artist does holds
+    turns(0.1)
+    assert krita.active is other
+
+
+def test_a_preview_that_goes_does_not_move_the_artist(document: Any) -> None:
+    adapter, krita = document
+    mine = Node("mine", "paintlayer")
+    krita.root.addChildNode(mine, None)
+    krita.active = mine
+    adapter.show_preview(painted(), RECT)
+    krita.active = krita.root.children[-1]
+    adapter.remove_previews()
+    assert krita.active is mine
 
 
 def test_saving_the_same_again_does_not_modify(document: Any) -> None:

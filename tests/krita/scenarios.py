@@ -1,0 +1,403 @@
+"""What an artist does in Krita. Each function is one life of Krita; `runner.Stage` is what it has at hand."""
+
+from __future__ import annotations
+
+import colorsys
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from PyQt5 import QtCore, QtGui, QtWidgets
+from storydiffusion_scenario.runner import Stage, Until
+
+PLUGIN = "storydiffusion_krita"
+SCRIPT = """\
+[Mira] walks in the forest during the day # The day began as it always did.
+[Mira] is waving at the beach at sunset # She said goodbye to the sea.
+[Mira] jumps in the meadow in the snow # And then, snow!
+[Mira] is reading in the library at night # Nobody will believe me."""
+
+
+def top_level(kind: type) -> Any:
+    shown = [one for one in QtWidgets.QApplication.topLevelWidgets() if isinstance(one, kind) and one.isVisible()]
+    return shown[0] if shown else None
+
+
+def import_plugin(stage: Stage) -> Generator[Any, Any, Any]:
+    """Tools > Scripts > Import Python Plugin from File, and yes to everything."""
+    yield 2
+    stage.action("plugin_importer_file")
+    yield Until("the file dialog", lambda: top_level(QtWidgets.QFileDialog))
+    dialog = top_level(QtWidgets.QFileDialog)
+    dialog.findChild(QtWidgets.QLineEdit, "fileNameEdit").setText(os.environ["STORYDIFFUSION_ZIP"])
+    yield 0.3
+    stage.screenshot("import")
+    stage.click(dialog.findChild(QtWidgets.QDialogButtonBox).button(QtWidgets.QDialogButtonBox.Open))
+    yield Until("the question whether to enable it", lambda: top_level(QtWidgets.QMessageBox), 60)
+    box = top_level(QtWidgets.QMessageBox)
+    stage.saw["question"] = box.text()
+    stage.screenshot("enable")
+    stage.click(box.button(QtWidgets.QMessageBox.Yes))
+    yield Until("the dialog's end", lambda: not top_level(QtWidgets.QMessageBox))
+    yield 0.5
+    stage.saw["enabled"] = stage.krita.readSetting("python", f"enable_{PLUGIN}", "")
+
+
+# --------------------------------------------------------------------------- looking
+
+
+def docker() -> Any:
+    from storydiffusion_krita import plugin
+
+    return plugin.studio().docker
+
+
+def controller(stage: Stage) -> Any:
+    from storydiffusion_krita import plugin
+
+    return plugin.studio().controller_of(stage.krita.activeDocument())
+
+
+def digest(node: Any, size: tuple[int, int]) -> str:
+    return hashlib.blake2b(bytes(node.projectionPixelData(0, 0, *size)), digest_size=8).hexdigest()
+
+
+def layers(document: Any) -> list[dict[str, Any]]:
+    """All layers, bottom first, with their pixels' digest."""
+    document.waitForDone()
+    found: list[dict[str, Any]] = []
+
+    def look(node: Any, parent: str) -> None:
+        one = {"id": node.uniqueId().toString(), "name": node.name(), "type": node.type(), "parent": parent}
+        found.append({**one, "visible": node.visible(), "pixels": digest(node, (document.width(), document.height()))})
+        for child in node.childNodes():
+            look(child, one["id"])
+
+    for node in document.topLevelNodes():
+        look(node, "")
+    return found
+
+
+def groups(document: Any) -> list[Any]:
+    return [node for node in document.topLevelNodes() if node.type() == "grouplayer"]
+
+
+def picture(node: Any, document: Any) -> QtGui.QImage:
+    width, height = document.width(), document.height()
+    data = bytes(node.projectionPixelData(0, 0, width, height))
+    return QtGui.QImage(data, width, height, QtGui.QImage.Format_ARGB32).copy()
+
+
+def shown() -> dict[str, Any]:
+    """What the docker says, in words."""
+    one = docker()
+    rows = [one.panels.rows[name] for name in one.panels.order]
+    return {
+        "panels": [
+            {
+                "prompt": row.prompt.toPlainText(),
+                "caption": row.caption.toPlainText(),
+                "state": (row.state.text() if row.state.isVisible() else row.short.text()),
+                "take": row.take.text(),
+                "picture": row.thumbnail._image is not None and not row.thumbnail._image.isNull(),
+            }
+            for row in rows
+        ],
+        "characters": [(r.name.text(), r.description.toPlainText()) for r in one.characters.rows.values()],
+        "style": one.style_box.currentText(),
+        "model": one.model_box.currentText(),
+        "button": one.generate.text(),
+    }
+
+
+def colours(image: QtGui.QImage) -> dict[tuple[int, int], tuple[float, float, float]]:
+    """Hue, saturation and value of every second pixel."""
+    found = {}
+    for y in range(0, image.height(), 2):
+        for x in range(0, image.width(), 2):
+            pixel = image.pixel(x, y)
+            found[x, y] = colorsys.rgb_to_hsv((pixel >> 16 & 255) / 255, (pixel >> 8 & 255) / 255, (pixel & 255) / 255)
+    return found
+
+
+# --------------------------------------------------------------------------- doing
+
+
+def arrange(stage: Stage) -> Generator[Any, Any, Any]:
+    """The window as large as the screen, the docker as high as it can be."""
+    main = stage.window.qwindow()
+    main.setGeometry(0, 0, 1600, 1000)
+    for one in main.findChildren(QtWidgets.QDockWidget):
+        if one.objectName() in ("ColorSelectorNg", "PresetDocker", "sharedtooldocker"):
+            one.setVisible(False)
+    found = main.findChild(QtWidgets.QDockWidget, "storydiffusion_docker")
+    stage.saw["docker"] = found is not None and found.isVisible()
+    layer_box = main.findChild(QtWidgets.QDockWidget, "KisLayerBox")
+    yield 0.3
+    main.resizeDocks([layer_box, found], [240, 700], QtCore.Qt.Vertical)
+    main.resizeDocks([found], [360], QtCore.Qt.Horizontal)
+    yield 0.3
+
+
+def ready(stage: Stage) -> Until:
+    from storydiffusion_krita import plugin
+
+    return Until("the backend", lambda: plugin.studio().backend.status.state == "ready", 60)
+
+
+def made(stage: Stage, seconds: float = 240) -> Until:
+    return Until("the panels", lambda: not controller(stage).working, seconds)
+
+
+def type_into(stage: Stage, edit: QtWidgets.QWidget, text: str) -> Generator[Any, Any, Any]:
+    """Pasted, as a writer does."""
+    stage.click(edit)
+    yield Until("the keyboard in the field", edit.hasFocus, 5)
+    stage.press("ctrl+a")
+    QtWidgets.QApplication.clipboard().setText(text)
+    stage.press("ctrl+v")
+    yield 0.4
+
+
+def write_story(stage: Stage) -> Generator[Any, Any, Any]:
+    one = docker()
+    stage.click(one.characters.add)
+    yield Until("a character's row", lambda: one.characters.rows, 5)
+    row = next(iter(one.characters.rows.values()))
+    yield from type_into(stage, row.name, "Mira")
+    yield from type_into(stage, row.description, "a rabbit in a striped dress and a scarf")
+    stage.click(one.script_button)
+    yield Until("the script box", one.script.edit.isVisible, 5)
+    yield from type_into(stage, one.script.edit, SCRIPT)
+    yield Until("four panels", lambda: len(one.panels.rows) == 4, 5)
+    stage.saw["problems"] = one.script.problems.text()
+
+
+def generate(stage: Stage) -> Generator[Any, Any, Any]:
+    stage.click(docker().generate)
+    yield Until("work to begin", lambda: controller(stage).working, 5)
+
+
+def undo_and_redo(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
+    before, steps = layers(document), 0
+    while groups(document) and steps < 20:
+        stage.action("edit_undo")
+        steps += 1
+        yield 0.25
+    stage.saw["undone"] = {"steps": steps, "groups": len(groups(document))}
+    yield Until("the docker to see it", lambda: not any(p["picture"] for p in shown()["panels"]), 5)
+    stage.screenshot("undone")
+    for _ in range(steps):
+        stage.action("edit_redo")
+        yield 0.25
+    yield 1.5
+    stage.saw["redone"] = {"before": before, "after": layers(document), "shown": shown()}
+
+
+def common_hue(images: list[QtGui.QImage]) -> float:
+    """The hue that is on the figure wherever the story goes: the one that the poorest panel has most of."""
+    counts = []
+    for image in images:
+        bins = [0] * 12
+        for hue, saturation, value in colours(image).values():
+            if saturation > 0.35 and value > 0.25:
+                bins[int(hue * 12) % 12] += 1
+        counts.append(bins)
+    return (max(range(12), key=lambda i: min(bins[i] for bins in counts)) + 0.5) / 12
+
+
+def share_of(image: QtGui.QImage, colour: QtGui.QColor, spots: list[tuple[int, int]] | None = None) -> float:
+    """At how many of these pixels, or of all, a picture has nearly this colour."""
+    spots = spots or [(x, y) for y in range(0, image.height(), 4) for x in range(0, image.width(), 4)]
+    wanted = colour.getRgb()[:3]
+    near = [all(abs(a - b) < 60 for a, b in zip(image.pixelColor(*at).getRgb()[:3], wanted)) for at in spots]  # noqa: B905
+    return sum(near) / len(near)
+
+
+@dataclass
+class Paint:
+    colour: QtGui.QColor
+    spots: list[tuple[int, int]]
+
+
+def paint_clothes(stage: Stage, document: Any, group: Any) -> Generator[Any, Any, Any]:
+    """Flat paint on a new layer in a panel's group, where its clothes are, or in its middle where that is unclear."""
+    hue = common_hue([picture(one, document) for one in groups(document)])
+    image = picture(group, document)
+    width, height = image.width(), image.height()
+    spots = [at for at, (h, s, _) in colours(image).items() if abs((h - hue + 0.5) % 1 - 0.5) < 0.05 and s > 0.3]
+    if len(spots) < 0.02 * width * height / 4:
+        spots = [(x, y) for y in range(height // 2, height * 3 // 4, 2) for x in range(width // 3, width * 2 // 3, 2)]
+    paint = Paint(QtGui.QColor.fromHsvF((hue + 0.5) % 1, 0.85, 0.9), spots)
+    clothes = QtGui.QImage(width, height, QtGui.QImage.Format_ARGB32)
+    clothes.fill(0)
+    for x, y in spots:
+        for at in ((x, y), (x + 1, y), (x, y + 1), (x + 1, y + 1)):
+            if clothes.valid(*at):
+                clothes.setPixelColor(*at, paint.colour)
+    layer = document.createNode("paint", "paintlayer")
+    group.addChildNode(layer, None)
+    layer.setPixelData(bytes(clothes.constBits().asstring(clothes.sizeInBytes())), 0, 0, width, height)
+    document.setModified(True)
+    document.refreshProjection()
+    yield 1.5
+    document.waitForDone()
+    stage.saw["painted"] = {
+        "hue": hue,
+        "spots": len(spots),
+        "seen": share_of(picture(group, document), paint.colour, spots),
+        "order": [node.name() for node in group.childNodes()],
+    }
+    return paint
+
+
+def regenerate(stage: Stage, document: Any, painted: int, number: int, paint: Paint) -> Generator[Any, Any, Any]:
+    """Another panel again, by its button; what its request says and carries."""
+    from storydiffusion_krita.client import Client
+
+    sent: list[Any] = []
+    submit = Client.submit
+
+    def listening(self: Any, request: Any, images: Any, key: str) -> str:
+        sent.append((request, [bytes(image) for image in images]))
+        return str(submit(self, request, images, key))
+
+    one = docker()
+    ids = list(one.panels.order)
+    before = picture(groups(document)[number], document)
+    Client.submit = listening  # type: ignore[method-assign]
+    try:
+        stage.click(one.panels.rows[ids[number]].again)
+        yield Until("work to begin", lambda: controller(stage).working, 5)
+        yield made(stage)
+    finally:
+        Client.submit = submit  # type: ignore[method-assign]
+    yield 1
+    request, images = sent[0]
+    sent_pictures = {one["panel"]: QtGui.QImage.fromData(images[one["image"]]) for one in request["pictures"]}
+    group = groups(document)[number]
+    stage.saw["regenerated"] = {
+        "kind": request["kind"],
+        "panels": request["panels"],
+        "wanted": ids[number],
+        "painted": ids[painted],
+        "carried": {name: share_of(image, paint.colour, paint.spots) for name, image in sent_pictures.items()},
+        "takes": [node.name() for node in group.childNodes()],
+        "follows": [share_of(before, paint.colour), share_of(picture(group, document), paint.colour)],
+        "shown": shown(),
+    }
+
+
+def cancel(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
+    """Everything again, and then not."""
+    before, story = layers(document), bytes(document.annotation("storydiffusion/story"))
+    yield from generate(stage)
+    yield Until("the sampling", lambda: docker().progress_bar._fraction, 60)
+    yield 0.2
+    stage.screenshot("working")
+    stage.click(docker().cancel)
+    yield Until("the end of work", lambda: not controller(stage).working, 3)
+    yield 1.5
+    stage.saw["cancelled"] = {
+        "before": before,
+        "after": layers(document),
+        "story": bytes(document.annotation("storydiffusion/story")) == story,
+        "shown": shown(),
+    }
+
+
+def open_file(stage: Stage) -> Generator[Any, Any, Any]:
+    document = stage.krita.openDocument(os.environ["STORYDIFFUSION_FILE"])
+    document.setBatchmode(True)
+    stage.window.addView(document)
+    yield Until("the story in the docker", lambda: docker().panels.rows and docker().isVisible(), 10)
+    yield Until("the models by their titles", lambda: docker().model_box.count() > 1, 60)
+    yield 2
+
+
+def tell_story(stage: Stage) -> Generator[Any, Any, Any]:
+    """From an empty page to a file that is opened again."""
+    yield from arrange(stage)
+    yield ready(stage)
+    document = stage.krita.createDocument(256, 256, "story", "RGBA", "U8", "", 72.0)
+    document.setBatchmode(True)
+    stage.window.addView(document)
+    yield Until("the docker to see the document", lambda: docker().characters.isVisible(), 5)
+    yield from write_story(stage)
+    began = time.monotonic()
+    yield from generate(stage)
+    yield made(stage)
+    stage.saw["seconds"] = time.monotonic() - began
+    yield 1
+    stage.screenshot("made")
+    stage.saw["made"] = {"layers": layers(document), "shown": shown()}
+    yield from undo_and_redo(stage, document)
+    paint = yield from paint_clothes(stage, document, groups(document)[1])
+    yield from regenerate(stage, document, 1, 2, paint)
+    stage.screenshot("regenerated")
+    yield from cancel(stage, document)
+    document.saveAs(os.environ["STORYDIFFUSION_FILE"])
+    stage.saw["saved"] = {"layers": layers(document), "shown": shown(), "modified": document.modified()}
+    document.close()
+    yield Until("the docker without a document", lambda: not docker().characters.isVisible(), 5)
+    yield from open_file(stage)
+    stage.saw["reopened"] = {"layers": layers(stage.krita.activeDocument()), "shown": shown()}
+
+
+def go_on(stage: Stage) -> Generator[Any, Any, Any]:
+    """Another day: the file is opened in a new Krita, and a panel is made again."""
+    yield from arrange(stage)
+    yield ready(stage)
+    yield from open_file(stage)
+    document = stage.krita.activeDocument()
+    stage.saw["reopened"] = {"layers": layers(document), "shown": shown()}
+    stage.screenshot("reopened")
+    one = docker()
+    stage.click(one.panels.rows[one.panels.order[0]].again)
+    yield Until("work to begin", lambda: controller(stage).working, 5)
+    yield made(stage)
+    yield 1
+    stage.saw["again"] = {"layers": layers(document), "shown": shown()}
+    yield from save_and_kill(stage, document)
+
+
+def takes(document: Any) -> list[int]:
+    return [sum(node.name().startswith("Take") for node in group.childNodes()) for group in groups(document)]
+
+
+def save_and_kill(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
+    """Everything again: saved by its shortcut in the middle of it; then the backend is killed."""
+    from storydiffusion_krita import plugin
+
+    before, backend, written = takes(document), plugin.studio().backend, os.path.getmtime(document.fileName())
+    yield from generate(stage)
+    names = lambda: [node.name() for node in document.topLevelNodes()]  # noqa: E731
+    yield Until("a preview", lambda: "StoryDiffusion preview" in names(), 60)
+    stage.screenshot("previewed")
+    stage.saw["previewed"] = True
+    stage.press("ctrl+s")
+    yield Until("the file", lambda: os.path.getmtime(document.fileName()) > written, 10)
+    pid, began = backend._process.pid, time.monotonic()
+    stage.saw["working"] = controller(stage).working
+    os.kill(pid, signal.SIGKILL)
+    yield Until("the docker to say so", lambda: backend.status.state != "ready", 5)
+    said = time.monotonic() - began
+    stage.screenshot("killed")
+    yield Until("another backend", lambda: backend.status.state == "ready", 30)
+    back = time.monotonic() - began
+    yield made(stage)
+    yield 1
+    stage.saw["killed"] = {"said": said, "back": back, "before": before, "takes": takes(document)}
+    stage.screenshot("after")
+
+
+def wait_for_backend(stage: Stage) -> Generator[Any, Any, Any]:
+    from storydiffusion_krita import plugin
+
+    yield ready(stage)
+    stage.saw["backend"] = plugin.studio().backend._process.pid
+    stage.stay = True

@@ -1,0 +1,160 @@
+"""The plugin in real Krita: the zip a user gets, Krita's own importer, real clicks, the real backend and model."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+from storydiffusion.cli import main
+
+ABSENT = harness.missing()
+# where the tests have to prove something (CI_KRITA=1), what is missing is a failure
+pytestmark = pytest.mark.skipif(
+    bool(ABSENT) and not os.environ.get("CI_KRITA"), reason=f"not installed here: {', '.join(ABSENT)}"
+)
+
+
+@pytest.fixture(scope="module")
+def display() -> Iterator[str]:
+    assert not ABSENT, f"CI_KRITA is set, but there is no {', '.join(ABSENT)}"
+    with harness.screen() as display:
+        yield display
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return harness.new_home(tmp_path_factory.mktemp("krita"))
+
+
+@pytest.fixture(scope="module")
+def imported(display: str, home: Path) -> harness.Ran:
+    """The first start of Krita, which also warms the profile for the others."""
+    package = home / "plugin.zip"
+    assert main(["package", "-o", str(package)]) == 0
+    return harness.krita(display, home, "import_plugin", environment={"STORYDIFFUSION_ZIP": str(package)})
+
+
+@pytest.fixture(scope="module")
+def environment(home: Path, imported: harness.Ran) -> dict[str, str]:
+    imported.check()
+    return {
+        "STORYDIFFUSION_COMMAND": harness.backend_command(),
+        "STORYDIFFUSION_HOME": str(home / "storydiffusion"),
+        "STORYDIFFUSION_FILE": str(home / "story.kra"),
+    }
+
+
+@pytest.fixture(scope="module")
+def told(display: str, home: Path, environment: dict[str, str]) -> harness.Ran:
+    return harness.krita(display, home, "tell_story", environment=environment, seconds=280)
+
+
+@pytest.fixture(scope="module")
+def went_on(display: str, home: Path, environment: dict[str, str], told: harness.Ran) -> harness.Ran:
+    told.check()
+    return harness.krita(display, home, "go_on", environment=environment, seconds=280)
+
+
+def panels(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [layer for layer in layers if layer["type"] == "grouplayer"]
+
+
+def test_kritas_importer_takes_the_zip_and_enables_the_plugin(imported: harness.Ran, home: Path) -> None:
+    saw = imported.check()
+    assert "StoryDiffusion" in saw["question"]
+    assert saw["enabled"] == "true"
+    assert list((home / "data/krita/pykrita/storydiffusion_krita/backend").glob("*.whl")), "the backend did not come"
+
+
+def test_after_a_restart_the_docker_is_there(told: harness.Ran) -> None:
+    assert told.check()["docker"]
+
+
+def test_four_lines_and_one_click_make_four_group_layers_with_art(told: harness.Ran) -> None:
+    saw = told.check()
+    assert saw["problems"] == ""
+    made = saw["made"]
+    groups = panels(made["layers"])
+    assert [group["name"] for group in groups] == ["Panel 1", "Panel 2", "Panel 3", "Panel 4"]
+    for group in groups:
+        assert [layer["name"] for layer in made["layers"] if layer["parent"] == group["id"]] == ["Take 1"]
+    assert len({group["pixels"] for group in groups}) == 4, "panels look alike: there is no art in them"
+    assert all(panel["state"] == "done" and panel["picture"] for panel in made["shown"]["panels"])
+    assert made["shown"]["characters"] == [["Mira", "a rabbit in a striped dress and a scarf"]]
+
+
+def test_undo_removes_them_and_redo_brings_them_back(told: harness.Ran) -> None:
+    saw = told.check()
+    assert saw["undone"]["groups"] == 0
+    before, after = ([{**one, "visible": None} for one in saw["redone"][when]] for when in ("before", "after"))
+    assert after == before
+    assert saw["redone"]["shown"] == saw["made"]["shown"]
+
+
+def test_another_panel_is_made_from_what_was_painted(told: harness.Ran) -> None:
+    saw = told.check()
+    painted, again = saw["painted"], saw["regenerated"]
+    assert painted["spots"] > 100
+    assert painted["seen"] > 0.9
+    assert painted["order"] == ["Take 1", "paint"]
+    assert again["kind"] == "regenerate"
+    assert again["panels"] == [again["wanted"]]
+    carried = again["carried"].pop(again["painted"])
+    assert carried > 0.9, "the request does not carry the paint"
+    assert max(again["carried"].values()) < 0.5, "the paint is not only in the painted panel"
+    assert again["takes"] == ["Take 1", "Take 2"]
+
+
+def test_a_cancelled_job_leaves_nothing_behind(told: harness.Ran) -> None:
+    cancelled = told.check()["cancelled"]
+    assert cancelled["after"] == cancelled["before"]
+    assert cancelled["story"], "the story in the document changed"
+
+
+def test_a_document_that_is_opened_again_shows_the_same_story(told: harness.Ran, went_on: harness.Ran) -> None:
+    saved = told.check()["saved"]
+    for life in (told, went_on):
+        reopened = life.check()["reopened"]
+        assert reopened["layers"] == saved["layers"]
+        assert reopened["shown"] == saved["shown"]
+
+
+def test_making_a_panel_again_after_reopening_gives_a_new_take(went_on: harness.Ran) -> None:
+    saw = went_on.check()
+    first = panels(saw["again"]["layers"])[0]
+    takes = [layer for layer in saw["again"]["layers"] if layer["parent"] == first["id"]]
+    assert [take["name"] for take in takes] == ["Take 1", "Take 2"]
+    assert [take["visible"] for take in takes] == [False, True]
+    assert takes[0]["pixels"] != takes[1]["pixels"]
+    assert saw["again"]["shown"]["panels"][0]["take"] == "2/2"
+
+
+def test_a_file_saved_while_panels_are_made_holds_no_preview(went_on: harness.Ran, home: Path) -> None:
+    assert went_on.check()["previewed"]
+    with zipfile.ZipFile(home / "story.kra") as archive:
+        assert b"StoryDiffusion preview" not in archive.read("maindoc.xml")
+
+
+def test_a_killed_backend_comes_back_and_its_job_runs_once(went_on: harness.Ran) -> None:
+    killed = went_on.check()["killed"]
+    assert went_on.saw["working"], "the job had ended before"
+    assert killed["said"] < 3
+    assert killed["takes"] == [count + 1 for count in killed["before"]]
+
+
+def test_closing_krita_leaves_no_process(told: harness.Ran, went_on: harness.Ran) -> None:
+    assert told.left == []
+    assert went_on.left == []
+
+
+def test_a_killed_krita_takes_its_backend_along(display: str, home: Path, environment: dict[str, str]) -> None:
+    ran = harness.krita(display, home, "wait_for_backend", environment=environment, kill=True)
+    assert not ran.failure, ran.failure
+    assert ran.saw["backend"] > 0
+    assert ran.left == []
