@@ -19,7 +19,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(steps: int) -> argparse.Namespace:
-    return argparse.Namespace(steps=steps, minutes=0, lr=0.02, seed=1)
+    return argparse.Namespace(steps=steps, minutes=0, lr=0.1, seed=1)
 
 
 def run(module: nn.Module, steps: int) -> Training:

@@ -116,9 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--code", type=Path, help="a fitted code to keep: the one that trained weights speak")
     args = parser.parse_args()
     pictures = Pictures(args.data)
-    fit_code(pictures).save(args.data / "code.safetensors")
+    code = Code(**load_tensors(args.code)) if args.code else fit_code(pictures)
+    code.save(args.data / "code.safetensors")
     count = len(pictures.shards)
     with ProcessPoolExecutor(args.workers) as pool:
         for number, _ in enumerate(pool.map(encode_shard, [args.data] * count, range(count))):
