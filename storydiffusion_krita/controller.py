@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import orders, script, story_state
@@ -17,60 +16,12 @@ from .client import Failure
 from .jobs import Desk, Told
 from .layers import PICTURE_ANNOTATION, STORY_ANNOTATION, Layer, Rect, StoryDocument, panel_title, take_title
 from .orders import Order
+from .page import frame_of
+from .progress import PanelView, Progress, Running, Work, changed_text, duration_text, working_text
 from .story_state import Character, Panel, Story, Take
 from .texts import tr
 
 THUMBNAIL = 128
-
-
-@dataclass
-class Work:
-    """A panel that is being made: `state` is 'waiting', 'queued', 'loading', 'sampling' or 'placing'."""
-
-    key: str
-    state: str = "waiting"
-    step: int = 0
-    steps: int = 0
-    position: int = 0
-
-
-@dataclass
-class _Running:
-    order: Order[Any] | None
-    panels: tuple[str, ...]
-    began: float | None = None
-    steps_done: int = 0
-    made: set[str] = field(default_factory=set)
-    tail: int = 0
-
-
-@dataclass(frozen=True)
-class PanelView:
-    """What a panel's row shows."""
-
-    id: str
-    number: int
-    prompt: str
-    caption: str
-    problem: str
-    state: str
-    text: str
-    remedy: str
-    fraction: float | None
-    take: int
-    takes: int
-    locked: bool
-    seed: int | None
-    selected: bool
-    inside_selection: bool
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The docker's last line: nothing where `text` is empty."""
-
-    text: str
-    fraction: float | None = None
 
 
 class Controller:
@@ -100,7 +51,7 @@ class Controller:
         #: told of 'story' (panels came, went or moved), 'panel' with its id, 'characters', 'settings', 'progress'
         self.changed: Callable[[str, str], None] = lambda what, which: None
         self._work: dict[str, Work] = {}
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._failures: dict[str, Failure] = {}
         self._layers: dict[str, Layer] = {}
         self._active = ""
@@ -364,7 +315,7 @@ class Controller:
         key = uuid.uuid4().hex
         panels = [panel for panel in self.story.panels if panel.id in wanted]
         self._place_frames(panels)
-        self._running[key] = _Running(None, tuple(wanted))
+        self._running[key] = Running(None, tuple(wanted))
         for panel in panels:
             self._work[panel.id] = Work(key)
             self._failures.pop(panel.id, None)
@@ -400,7 +351,7 @@ class Controller:
                 strength=strength,
                 previews=self.previews,
             )
-            self._running[key] = _Running(order, tuple(here))
+            self._running[key] = Running(order, tuple(here))
             self._desk.submit(order, self.told)
 
         self._defer(next_turn)
@@ -443,7 +394,7 @@ class Controller:
         else:
             self._progressed(running, told)
 
-    def _progressed(self, running: _Running, told: Told) -> None:
+    def _progressed(self, running: Running, told: Told) -> None:
         states = {"waiting": "waiting", "sent": "queued", "position": "queued", "loading": "loading",
                   "started": "loading", "step": "sampling"}  # fmt: skip
         panels: Sequence[str] = running.panels
@@ -471,7 +422,7 @@ class Controller:
                 self.changed("panel", panel_id)
         self.changed("progress", "")
 
-    def _let_wait(self, running: _Running, sampled: Sequence[str]) -> None:
+    def _let_wait(self, running: Running, sampled: Sequence[str]) -> None:
         """The panels of a job whose turn has not come yet."""
         for panel_id in running.panels:
             work = self._work.get(panel_id)
@@ -479,7 +430,7 @@ class Controller:
                 work.state, work.position = "queued", 0
                 self.changed("panel", panel_id)
 
-    def _measure(self, running: _Running, panels: Sequence[str], step: int, steps: int) -> None:
+    def _measure(self, running: Running, panels: Sequence[str], step: int, steps: int) -> None:
         if step <= 1 or running.began is None:
             running.began, running.steps_done = self._clock(), 0  # the first step holds what happens once
         else:
@@ -487,7 +438,7 @@ class Controller:
         others = len(running.panels) - len(running.made | set(panels))
         running.tail = (steps - step) * len(panels) + others * steps
 
-    def _arrived(self, running: _Running, told: Told) -> None:
+    def _arrived(self, running: Running, told: Told) -> None:
         order = running.order
         assert order is not None
         waiting = list(told.results)
@@ -770,7 +721,7 @@ class Controller:
         work, failure = self._work.get(panel.id), self._failures.get(panel.id)
         if work is not None:
             fraction = work.step / work.steps if work.state == "sampling" and work.steps else None
-            return work.state, _working(work), "", fraction
+            return work.state, working_text(work), "", fraction
         if problem:
             return "problem", problem, "", None
         if failure is not None:
@@ -779,7 +730,7 @@ class Controller:
             return "empty", tr("not made yet"), "", None
         changed = self.story.changed(panel)
         if changed:
-            return "stale", _changed_text(changed), "", None
+            return "stale", changed_text(changed), "", None
         return "done", tr("done"), "", None
 
     def progress(self) -> Progress:
@@ -791,14 +742,14 @@ class Controller:
         rest = len(self._running) - 1
         more = tr(" · {count} more waiting", count=rest) if rest else ""
         if not sampling:
-            return Progress((_working(works[0]) if works else tr("placing")).capitalize() + more)
+            return Progress((working_text(works[0]) if works else tr("placing")).capitalize() + more)
         steps = max(1, sampling[0].steps) * len(running.panels)
         fraction = max(0.0, 1 - running.tail / steps)
         count = len(running.panels)
         text = tr("{count} panels", count=count) if count > 1 else panel_title(self._number(running.panels[0]))
         if running.steps_done and running.began is not None:
             left = (self._clock() - running.began) / running.steps_done * running.tail
-            text += " · " + _duration(left)
+            text += " · " + duration_text(left)
         return Progress(text + more, fraction)
 
     def _number(self, panel_id: str) -> int:
@@ -807,52 +758,3 @@ class Controller:
     @property
     def working(self) -> bool:
         return bool(self._running)
-
-
-def _working(work: Work) -> str:
-    if work.state == "sampling":
-        return tr("step {step} of {steps}", step=work.step, steps=work.steps)
-    if work.state == "queued" and work.position:
-        return tr("waiting behind {count} jobs", count=work.position)
-    return {
-        "waiting": tr("waiting for the backend"),
-        "queued": tr("waiting"),
-        "loading": tr("loading the model"),
-        "placing": tr("placing"),
-    }[work.state]
-
-
-def _changed_text(parts: Sequence[str]) -> str:
-    words = {
-        "prompt": tr("prompt"),
-        "characters": tr("characters"),
-        "style": tr("style"),
-        "model": tr("model"),
-        "seed": tr("seed"),
-    }
-    return tr("changed since made: {parts}", parts=", ".join(words[part] for part in parts if part in words))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return tr("{seconds} s left", seconds=max(1, round(seconds)))
-    return tr("{minutes} min left", minutes=round(seconds / 60))
-
-
-def frame_of(number: int, count: int, canvas: tuple[int, int]) -> Rect:
-    """Panel `number` (from 0) of `count` on a page, in reading order, with gutters of 2 % of the page."""
-    width, height = canvas
-    columns = 1
-    while columns * _rows_for(columns, width, height) < count:
-        columns += 1
-    rows = -(-count // columns)
-    gutter = max(1, round(min(width, height) * 0.02))
-    w = (width - gutter * (columns + 1)) // columns
-    h = (height - gutter * (rows + 1)) // rows
-    row, column = divmod(number, columns)
-    return (gutter + column * (w + gutter), gutter + row * (h + gutter), w, h)
-
-
-def _rows_for(columns: int, width: int, height: int) -> int:
-    """Rows of about square panels."""
-    return max(1, round(height / (width / columns)))

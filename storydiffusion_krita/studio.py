@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from . import pictures
-from .backend_process import Backend, Environment, Status
+from .backend_process import Backend, Status
 from .client import Client, Failure
 from .controller import Controller
 from .docker import StoryDocker
+from .environment import Environment
 from .jobs import JobDesk, Listener, Worker
 from .layers import Application, Document, KritaDocument, StoryDocument
 from .qt import QtCore

@@ -14,7 +14,7 @@ from PIL import Image
 from storydiffusion.cli import main
 from storydiffusion.pictures import embedded_text, load_picture
 from storydiffusion.resources import resources
-from storydiffusion.story import parse_story
+from storydiffusion.story_file import parse_story
 
 STORY = """
 title = "A test"
@@ -68,6 +68,12 @@ def test_generate_twice_keeps_the_earlier_takes(
     assert np.array_equal(load_picture(out / "p1.png"), load_picture(out / "p1.take2.png"))
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["panels"][0].endswith("p1.take2.png")
+
+
+def test_a_sliding_window_makes_other_panels_of_the_same_story(made: Path, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sliding"
+    assert main(["generate", str(story), "-o", str(out), "--window", "2", "--sliding", "--json"]) == 0
+    assert not np.array_equal(load_picture(out / "p3.png"), load_picture(made / "p3.png"))
 
 
 def test_regenerate_adds_a_take_made_from_the_others(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

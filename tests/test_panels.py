@@ -11,24 +11,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from storydiffusion import panels
+from storydiffusion import panels, sampling
 from storydiffusion.attention import EVERYWHERE, PLANS, Plan
 from storydiffusion.errors import Cancelled, ImageError, OutOfMemoryError, PlanError
-from storydiffusion.panels import (
-    LatentPreview,
-    Progress,
-    Reference,
-    Settings,
-    Target,
-    choose_references,
-    denoise,
-    extend,
-    generate,
-    make,
-    shares,
-    smaller_chunks,
-)
+from storydiffusion.panels import choose_references, extend, generate, make, smaller_chunks
 from storydiffusion.references import decode_latents
+from storydiffusion.sampling import LatentPreview, Progress, Reference, Settings, Target, denoise, shares
 from tiny import TINY
 
 SETTINGS = Settings(
@@ -78,7 +66,7 @@ def test_the_same_request_gives_the_same_pixels(pipe: Any) -> None:
 
 @pytest.mark.parametrize("change", [{"chunk": 1}, {"chunk": 2}, {"split_guidance": True}])
 @pytest.mark.parametrize("way", ["joint", "window", "extend"])
-def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: panels.Way) -> None:
+def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: sampling.Way) -> None:
     references = [Reference("r", picture())] if way == "extend" else []
     expected = make(ddim, story(5), references, SETTINGS, way)
     made = make(ddim, story(5), references, replace(SETTINGS, **change), way)
@@ -375,10 +363,10 @@ def test_other_schedulers_give_the_same_panel_alone_and_in_company(name: str) ->
 
 def test_a_window_slides_over_a_story_and_averages_overlaps(ddim: Any) -> None:
     settings = replace(SETTINGS, window=2)
-    calls = panels._calls(5, "window", settings)
+    calls = sampling._calls(5, "window", settings)
     assert calls == [[0, 1], [1, 2], [2, 3], [3, 4]]
     assert len(make(ddim, story(5), (), settings, "window")) == 5
-    wide = panels._calls(9, "window", replace(SETTINGS, window=4))
+    wide = sampling._calls(9, "window", replace(SETTINGS, window=4))
     assert sorted({row for rows in wide for row in rows}) == list(range(9))
     assert all(len(rows) == 4 for rows in wide)
 

@@ -26,7 +26,7 @@ from serving import (
     story,
     wait_for,
 )
-from storydiffusion import errors, panels
+from storydiffusion import errors, panels, sampling
 from storydiffusion.attention import PLANS
 from storydiffusion.models import load_catalogue
 from storydiffusion.server import protocol
@@ -286,9 +286,9 @@ def test_cancel_stops_before_the_next_call_of_the_unet() -> None:
         return forward(*args, **kwargs)
 
     pipe.unet.forward = counting
-    target = panels.Target("p1", "a rabbit", 1)
+    target = sampling.Target("p1", "a rabbit", 1)
     with pytest.raises(errors.Cancelled):
-        panels.make(pipe, [target], settings=panels.Settings(64, 64, 9), cancel=script_cancelled.is_set)
+        panels.make(pipe, [target], settings=sampling.Settings(64, 64, 9), cancel=script_cancelled.is_set)
     assert len(calls) == 3
 
 

@@ -18,17 +18,13 @@ from storydiffusion.story import (
     Character,
     Panel,
     Story,
-    Style,
-    dump_story,
-    find_style,
     format_script,
-    load_story,
-    load_styles,
     parse_characters,
     parse_script,
-    parse_story,
     short_form,
 )
+from storydiffusion.story_file import dump_story, load_story, parse_story
+from storydiffusion.styles import Style, find_style, load_styles
 
 MIRA = Character("Mira", "a rabbit in a striped dress")
 TOM = Character("Tom Thumb", "a small bear, wearing a top hat")

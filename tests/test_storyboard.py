@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from storydiffusion.errors import ImageError, StoryError
-from storydiffusion.story import parse_story
+from storydiffusion.story_file import parse_story
 from storydiffusion.storyboard import (
     latest_take,
     open_folder,

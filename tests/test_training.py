@@ -1,4 +1,4 @@
-"""The one training loop: it learns, survives a stop, and leaves the average behind."""
+"""The one training loop: it learns, survives a stop, and leaves the average behind; the encoder's two halves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from training import vae
 from training.common import MuonAndAdam, Training
+from training.encode import CHANNELS, COMPONENTS, Code
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +73,26 @@ def test_muon_has_the_matrices_and_adam_the_rest_and_what_is_frozen_stays() -> N
     optimizer.step(1.0)
     moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
     assert moved == [True, True, False, False, True, True]
+
+
+def test_the_encoder_learns_to_read_fields_and_keeps_its_components() -> None:
+    torch.manual_seed(0)
+    autoencoder = vae.build()
+    pictures = F.interpolate(torch.rand(24, 3, 16, 16), size=64, mode="bilinear") * 2 - 1
+    directions = torch.linalg.qr(torch.randn(768, COMPONENTS)).Q.T.contiguous()
+    code = Code(torch.zeros(768), directions, directions.T.contiguous())
+    vae.set_encoder(autoencoder, code, pictures)
+    features = vae.linear_levels(autoencoder, pictures)[-1].detach()
+    exact = code.encode(pictures)
+    wanted = torch.cat([exact, torch.ones(24, CHANNELS - COMPONENTS, 4, 4)], 1)
+    slow = argparse.Namespace(steps=40, minutes=0, lr=3e-3, seed=1)
+    training = Training("encoder", vae.learning_tail(autoencoder), slow, ema=0.5, warmup=2)
+    before = vae.read_tail(autoencoder, features)
+    for _ in training:
+        read = vae.read_tail(autoencoder, features)
+        training.learn((read - wanted).square().mean())
+    training.finish()
+    after = vae.read_tail(autoencoder, features)
+    assert F.mse_loss(before[:, :COMPONENTS], exact) < 1e-3 * exact.var()
+    assert torch.allclose(after[:, :COMPONENTS], before[:, :COMPONENTS], atol=1e-3)
+    assert F.mse_loss(after[:, COMPONENTS:], wanted[:, COMPONENTS:]) < 0.5

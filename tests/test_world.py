@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from storydiffusion.story import load_styles
+from storydiffusion.styles import load_styles
 from training import captions, world
 from training.captions import choose_stated, describe, vocabulary
 from training.clip import SLOTS, text_truth

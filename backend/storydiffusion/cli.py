@@ -51,11 +51,16 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", parents=[making], help="make the example story")
     demo.add_argument("-o", "--output", type=Path, default=Path("storydiffusion-demo"), metavar="DIR")
-    demo.set_defaults(run=run_generate)
+    demo.set_defaults(run=run_generate, sliding=False)
 
     generate = commands.add_parser("generate", parents=[making], help="make the panels of a story file")
     generate.add_argument("story", type=Path, metavar="STORY.toml")
     generate.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    generate.add_argument(
+        "--sliding",
+        action="store_true",
+        help="all panels at once in overlapping windows (the paper's Algorithm 1), not the later ones from the earlier",
+    )
     generate.set_defaults(run=run_generate)
 
     again = commands.add_parser(
@@ -229,7 +234,7 @@ def _warn_unknown(args: argparse.Namespace, story: Any) -> list[str]:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from storydiffusion.story import load_story
+    from storydiffusion.story_file import load_story
 
     demo = args.command == "demo"
     path = resources() / "stories" / "demo.toml" if demo else args.story
@@ -238,7 +243,7 @@ def run_generate(args: argparse.Namespace) -> None:
     story = _with_overrides(args, story, sized)
     pipe, settings = _open_model(args, story)
     words = _warn_unknown(args, story)
-    from storydiffusion.panels import generate
+    from storydiffusion.panels import generate, make
     from storydiffusion.storyboard import (
         latest_take,
         pictures_of,
@@ -262,7 +267,10 @@ def run_generate(args: argparse.Namespace) -> None:
         paths.append(save_panel(args.output, story, wanted[index], picture))
 
     try:
-        if targets:
+        if targets and args.sliding:
+            for index, picture in enumerate(make(pipe, targets, locked, settings, "window", bar)):
+                finished(index, picture)
+        elif targets:
             generate(pipe, targets, settings, references=locked, callback=bar, finished=finished)
     finally:
         bar.close()

@@ -1,8 +1,9 @@
-"""A story as data: characters, panels, style; and the three texts it is written in.
+"""A story as data: characters, panels, style; and the texts that are typed for it.
 
 - A script, one panel a line: `[Mira] walks in the forest # Once upon a time`.
 - A list of characters, one a line: `[Mira] a rabbit in a striped dress`.
-- A story file in TOML, which holds everything.
+
+(`story_file` has the third one, TOML, which holds everything.)
 
 A `Story` that exists is valid: it can be drawn, saved and read back. Every mistake is a `StoryError`
 at the place where it was made.
@@ -10,29 +11,16 @@ at the place where it was made.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
-
-import tomli_w
+from typing import Any
 
 from storydiffusion.errors import StoryError
-from storydiffusion.resources import resources
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found]
-
-T = TypeVar("T")
-D = TypeVar("D")
+from storydiffusion.styles import Style
+from storydiffusion.wording import lines, nearest, says_something, shorten, tidy
 
 NOBODY = "NC"
 """The tag of a panel without any character, as in the authors' demo."""
@@ -47,13 +35,6 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "guidance_scale": (0, 100),
     "steps": (1, 1000),
 }
-
-STORY_KEYS = (
-    "title", "style", "model", "width", "height", "seed", "negative_prompt", "guidance_scale", "steps",
-    "characters", "script", "panels",
-)  # fmt: skip
-CHARACTER_KEYS = ("name", "description")
-PANEL_KEYS = ("id", "prompt", "caption", "seed", "locked")
 
 
 @dataclass(frozen=True)
@@ -83,16 +64,6 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Style:
-    """How everything is drawn: `prompt` is a template with {prompt} in it."""
-
-    id: str
-    title: str
-    prompt: str
-    negative_prompt: str
-
-
-@dataclass(frozen=True)
 class Story:
     """Everything a request says in words. `width` and `height` are in pixels.
 
@@ -114,7 +85,7 @@ class Story:
     num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _check_settings(
+        check_settings(
             {
                 "width": self.width,
                 "height": self.height,
@@ -123,7 +94,7 @@ class Story:
                 "steps": self.num_inference_steps,
             }
         )
-        _check_characters((character, 0) for character in self.characters)
+        check_characters((character, 0) for character in self.characters)
         _check_panels(self.panels)
         panels = (replace(p, characters=characters_in(p, self.characters)) for p in self.panels)
         object.__setattr__(self, "panels", tuple(panels))
@@ -153,11 +124,11 @@ class Story:
             short = short_form(cast[key])
             return cast[key].name if shorts.count(short) > 1 else short
 
-        return _tidy(style.prompt.replace("{prompt}", _tidy(TAG.sub(words, panel.prompt))))
+        return tidy(style.prompt.replace("{prompt}", tidy(TAG.sub(words, panel.prompt))))
 
     def full_negative_prompt(self, style: Style) -> str:
         """The story's negative prompt and the style's."""
-        return ", ".join(filter(None, map(_tidy, (self.negative_prompt, style.negative_prompt))))
+        return ", ".join(filter(None, map(tidy, (self.negative_prompt, style.negative_prompt))))
 
     def panel_seed(self, panel: Panel) -> int:
         """The panel's own seed, else one that follows from the story's seed and the panel's id (63 bits)."""
@@ -175,7 +146,7 @@ def short_form(character: Character) -> str:
     plain = re.match(
         r"(?:an?|the)\s+((?:[^\W\d_]|[-'’])+(?:\s+(?:[^\W\d_]|[-'’])+){0,2}?)"
         r"(?=[\s.;]*$|,?\s+(?:in|with|without|wearing|dressed|who|having|holding|carrying)\b)",
-        _tidy(character.description),
+        tidy(character.description),
         re.IGNORECASE,
     )
     return f"the {plain[1]}" if plain else character.name
@@ -189,7 +160,7 @@ def characters_in(panel: Panel, known: Sequence[Character]) -> tuple[str, ...]:
             said beside the names.
     """
     prompt, line = panel.prompt, panel.line
-    shown = f"“{_shorten(prompt)}”"
+    shown = f"“{shorten(prompt)}”"
     rest = TAG.sub(" ", prompt)
     if "[" in rest or "]" in rest:
         raise StoryError(
@@ -200,7 +171,7 @@ def characters_in(panel: Panel, known: Sequence[Character]) -> tuple[str, ...]:
     tags = [" ".join(tag.split()) for tag in TAG.findall(prompt)]
     if "" in tags:
         raise StoryError(f"The square brackets in {shown} hold no name.", f"Write a name in them, or [{NOBODY}].", line)
-    if not _says_something(rest):
+    if not says_something(rest):
         raise StoryError(
             f"{shown} says who is in the panel but not what is to be seen." if tags else "The panel is empty.",
             f"Write what happens, as in “[{_example(known)}] walks in the forest”.",
@@ -235,7 +206,7 @@ def parse_script(text: str, known: Sequence[Character]) -> tuple[Panel, ...]:
         StoryError: as `characters_in`, with the line; or a script without panels.
     """
     panels: list[Panel] = []
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         if not line or line.startswith("#"):
             continue
         prompt, *caption = (part.replace(r"\#", "#").strip() for part in re.split(r"\s#", line, maxsplit=1))
@@ -269,231 +240,28 @@ def parse_characters(text: str) -> tuple[Character, ...]:
             description, or nobody described.
     """
     found: list[tuple[Character, int]] = []
-    for number, line in enumerate(_lines(text), start=1):
+    for number, line in enumerate(lines(text), start=1):
         if not line or line.startswith("#"):
             continue
         entry = re.fullmatch(r"\[([^\[\]]*)\]([^\[\]]*)", line)
         if entry is None:
             raise StoryError(
-                f"“{_shorten(line)}” does not say which one character it describes.",
+                f"“{shorten(line)}” does not say which one character it describes.",
                 "Write one character a line, the name first: “[Mira] a rabbit in a striped dress”.",
                 number,
             )
         found.append((Character(" ".join(entry[1].split()), entry[2].strip()), number))
-    _check_characters(found)
+    check_characters(found)
     if not found:
         raise StoryError("No character is described.", "Write a line such as “[Mira] a rabbit in a dress”.")
     return tuple(character for character, _ in found)
 
 
-def load_story(path: str | Path) -> Story:
-    """The story in a TOML file.
-
-    Raises:
-        StoryError: the file cannot be read, or as `parse_story`.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise StoryError(
-            f"The story file {path} cannot be read: {error.strerror or error}.",
-            "Check the name and that you may read it.",
-        ) from error
-    except UnicodeDecodeError as error:
-        raise StoryError(f"The story file {path} is not UTF-8 text.", "Save it again as UTF-8.") from error
-    return parse_story(text)
-
-
-def parse_story(toml_text: str) -> Story:
-    """The story in a TOML text; lines in errors are lines of that text, where they can be known.
-
-    Raises:
-        StoryError: text that is no TOML, an unknown key, a value of the wrong type or out of its range, an
-            unknown style, both or neither of `script` and `[[panels]]`, or as `Story`.
-    """
-    try:
-        table = tomllib.loads(toml_text)
-    except (ValueError, RecursionError) as error:
-        raise _syntax_error(toml_text, error) from error
-
-    def line_of(key: str) -> int:
-        return _line_of_key(toml_text, key)
-
-    def value(key: str, kind: type[T], default: D) -> T | D:
-        return _value(table, key, kind, default, line_of(key))
-
-    for key in table:
-        _check_key(key, STORY_KEYS, "The story", line_of(key))
-    title, model = value("title", str, ""), value("model", str, "storyworld")
-    style, negative_prompt = value("style", str, "none"), value("negative_prompt", str, "")
-    width, height, seed = value("width", int, 256), value("height", int, 256), value("seed", int, 0)
-    guidance_scale, steps = value("guidance_scale", float, None), value("steps", int, None)
-    _check_settings(table, line_of)
-    find_style(style, line_of("style"))
-    characters = _read_characters(table, toml_text)
-    return Story(
-        title=title,
-        characters=characters,
-        panels=_read_panels(table, toml_text, characters),
-        style=style,
-        width=width,
-        height=height,
-        seed=seed,
-        negative_prompt=negative_prompt,
-        model=model,
-        guidance_scale=guidance_scale,
-        num_inference_steps=steps,
-    )
-
-
-def dump_story(story: Story) -> str:
-    """The story as TOML, from which `parse_story` reads the same story."""
-    table: dict[str, Any] = {
-        "title": story.title,
-        "style": story.style,
-        "model": story.model,
-        "width": story.width,
-        "height": story.height,
-        "seed": story.seed,
-        "negative_prompt": story.negative_prompt or None,
-        "guidance_scale": story.guidance_scale,
-        "steps": story.num_inference_steps,
-        "characters": [{"name": c.name, "description": c.description} for c in story.characters],
-        "panels": [
-            _without_none(
-                {
-                    "id": panel.id,
-                    "prompt": panel.prompt,
-                    "caption": panel.caption or None,
-                    "seed": panel.seed,
-                    "locked": panel.locked or None,
-                }
-            )
-            for panel in story.panels
-        ],
-    }
-    return tomli_w.dumps(_without_none(table))
-
-
-def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in table.items() if value is not None}
-
-
-@cache
-def _styles() -> tuple[Style, ...]:
-    text = (resources() / "styles.toml").read_text(encoding="utf-8")
-    return tuple(Style(**entry) for entry in tomllib.loads(text)["styles"])
-
-
-def load_styles() -> dict[str, Style]:
-    """The style presets by id, in the order in which to offer them."""
-    return {style.id: style for style in _styles()}
-
-
-def find_style(style_id: str, line: int = 0) -> Style:
-    """The preset of that id.
-
-    Raises:
-        StoryError: there is none; the remedy lists them all.
-    """
-    styles = load_styles()
-    if style_id not in styles:
-        near = _nearest(style_id, styles)
-        raise StoryError(
-            f"There is no style “{style_id}”.",
-            (f"Did you mean “{near}”? " if near else "") + f"The styles are: {', '.join(styles)}.",
-            line,
-        )
-    return styles[style_id]
-
-
-def _read_characters(table: Mapping[str, Any], toml_text: str) -> tuple[Character, ...]:
-    found: list[tuple[Character, int]] = []
-    for number, (entry, line) in enumerate(_tables(table, "characters", toml_text), start=1):
-        where = f"Character {number}"
-        for key in entry:
-            _check_key(key, CHARACTER_KEYS, where, line)
-        name = _value(entry, "name", str, "", line, where)
-        found.append((Character(name, _value(entry, "description", str, "", line, where)), line))
-    _check_characters(found)
-    return tuple(character for character, _ in found)
-
-
-def _read_panels(table: Mapping[str, Any], toml_text: str, characters: Sequence[Character]) -> tuple[Panel, ...]:
-    if "script" in table and "panels" in table:
-        raise StoryError(
-            "The story has both a script and [[panels]].",
-            "Keep one of them.",
-            _line_of_key(toml_text, "script"),
-        )
-    if "script" in table:
-        script = _value(table, "script", str, "", _line_of_key(toml_text, "script"))
-        return _read_script(script, toml_text, characters)
-    entries = _tables(table, "panels", toml_text)
-    taken = {entry["id"] for entry, _ in entries if isinstance(entry.get("id"), str)}
-    panels: list[Panel] = []
-    for number, (entry, line) in enumerate(entries, start=1):
-        where = f"Panel {number}"
-        for key in entry:
-            _check_key(key, PANEL_KEYS, where, line)
-        panel = Panel(
-            id=_value(entry, "id", str, "", line, where) if "id" in entry else _free_id(number, taken),
-            prompt=_value(entry, "prompt", str, "", line, where),
-            caption=_value(entry, "caption", str, "", line, where),
-            seed=_value(entry, "seed", int, None, line, where),
-            locked=_value(entry, "locked", bool, False, line, where),
-            line=line,
-        )
-        taken.add(panel.id)
-        panels.append(panel)
-    return tuple(panels)
-
-
-def _read_script(script: str, toml_text: str, characters: Sequence[Character]) -> tuple[Panel, ...]:
-    """`parse_script`, with lines counted in the file: known where the script stands in it as it reads."""
-    text = toml_text.replace("\r\n", "\n")
-    before = text.count("\n", 0, text.index(script)) if script and text.count(script) == 1 else None
-    try:
-        panels = parse_script(script, characters)
-    except StoryError as error:
-        if not error.line:
-            raise
-        typed = _shorten(_lines(script)[error.line - 1])
-        said = error.sentence.removeprefix(f"Line {error.line}: ")
-        raise StoryError(
-            f"In line {error.line} of the script, “{typed}”: {said}",
-            error.remedy,
-            0 if before is None else before + error.line,
-        ) from error
-    return tuple(replace(p, line=0 if before is None else before + p.line) for p in panels)
-
-
-def _free_id(number: int, taken: Iterable[str]) -> str:
-    while f"p{number}" in taken:
-        number += 1
-    return f"p{number}"
-
-
-def _tables(table: Mapping[str, Any], key: str, toml_text: str) -> list[tuple[dict[str, Any], int]]:
-    """The tables of `[[key]]`, each with the line of its header, or 0 where headers cannot be told apart."""
-    entries = table.get(key, [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise StoryError(
-            f"“{key}” has to be a list of tables.",
-            f"Begin each of them with a line [[{key}]].",
-            _line_of_key(toml_text, key),
-        )
-    headers = [
-        number for number, line in enumerate(_lines(toml_text), start=1) if re.match(rf"\[\[\s*{key}\s*\]\]", line)
-    ]
-    return list(zip(entries, headers if len(headers) == len(entries) else [0] * len(entries), strict=True))
-
-
-def _check_settings(settings: Mapping[str, Any], line_of: Callable[[str], int] = lambda _: 0) -> None:
+def check_settings(settings: Mapping[str, Any], line_of: Callable[[str], int] = lambda _: 0) -> None:
     for key, (low, high) in LIMITS.items():
         value = settings.get(key)
         if value is not None and not low <= value <= high:
-            shown = _shorten(str(value))
+            shown = shorten(str(value))
             raise StoryError(f"“{key}” is {shown}.", f"Choose a number from {low} to {high}.", line_of(key))
         if key in ("width", "height") and value is not None and value % 8:
             raise StoryError(
@@ -503,7 +271,7 @@ def _check_settings(settings: Mapping[str, Any], line_of: Callable[[str], int] =
             )
 
 
-def _check_characters(characters: Iterable[tuple[Character, int]]) -> None:
+def check_characters(characters: Iterable[tuple[Character, int]]) -> None:
     seen: dict[str, str] = {}
     for character, line in characters:
         name = character.name
@@ -517,13 +285,13 @@ def _check_characters(characters: Iterable[tuple[Character, int]]) -> None:
             )
         if re.search(r"[\[\]#\r\n]", name):
             raise StoryError(
-                f"The name “{_shorten(name)}” cannot be written in a script.",
+                f"The name “{shorten(name)}” cannot be written in a script.",
                 "Choose a name without square brackets, “#” and line breaks.",
                 line,
             )
         if _key(name) in seen:
             raise StoryError(f"Two characters are called “{seen[_key(name)]}”.", "Give one of them another name.", line)
-        if not _says_something(character.description):
+        if not says_something(character.description):
             raise StoryError(
                 f"“{name}” has no description.",
                 "Say what the character looks like, as in “a rabbit in a striped dress”.",
@@ -537,7 +305,7 @@ def _check_panels(panels: Iterable[Panel]) -> None:
     for panel in panels:
         if not PANEL_ID.fullmatch(panel.id):
             raise StoryError(
-                f"“{_shorten(panel.id)}” cannot be a panel's id.",
+                f"“{shorten(panel.id)}” cannot be a panel's id.",
                 "Use up to 64 letters, digits, “-” and “_”, such as “p1”.",
                 panel.line,
             )
@@ -555,32 +323,6 @@ def _check_panels(panels: Iterable[Panel]) -> None:
         raise StoryError("The story has no panels.", "Write one panel a line, as in “[Mira] walks home”.")
 
 
-def _check_key(key: str, known: Sequence[str], where: str, line: int) -> None:
-    if key in known:
-        return
-    if key in STORY_KEYS:  # TOML gives every line after a [[header]] to that header
-        remedy = f"If it is meant for the whole story, move “{key}” above the first [[…]]."
-    elif near := _nearest(key, known):
-        remedy = f"Did you mean “{near}”?"
-    else:
-        remedy = f"The settings are: {', '.join(known)}."
-    raise StoryError(f"{where} has a setting “{_shorten(key)}”, which does not exist.", remedy, line)
-
-
-KIND_NAMES = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-
-
-def _value(table: Mapping[str, Any], key: str, kind: type[T], default: D, line: int, where: str = "The story") -> T | D:
-    value = table.get(key)
-    if value is None:
-        return default
-    if type(value) is int and kind is float:
-        return value  # type: ignore[return-value]  # PEP 484's numeric tower
-    if type(value) is not kind:
-        raise StoryError(f"{where}: “{key}” has to be {KIND_NAMES[kind]}.", f"Correct the value of “{key}”.", line)
-    return value
-
-
 def _find(tag: str, known: Sequence[Character], line: int) -> str:
     """The character's name as described, for a name as typed."""
     names = {_key(c.name): c.name for c in known}
@@ -592,7 +334,7 @@ def _find(tag: str, known: Sequence[Character], line: int) -> str:
             f"Describe “{tag}” among the characters.",
             line,
         )
-    near = _nearest(_key(tag), names)
+    near = nearest(_key(tag), names)
     raise StoryError(
         f"Nobody called “{tag}” is described.",
         f"Did you mean [{names[near]}]? Otherwise describe “{tag}” among the characters."
@@ -602,10 +344,6 @@ def _find(tag: str, known: Sequence[Character], line: int) -> str:
     )
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
-
-
 def _key(name: str) -> str:
     """What makes two names the same: not case, spacing, or how an accent is encoded."""
     return unicodedata.normalize("NFKC", " ".join(name.split()).casefold())
@@ -613,47 +351,3 @@ def _key(name: str) -> str:
 
 def _example(known: Sequence[Character]) -> str:
     return known[0].name if known else "Mira"
-
-
-def _says_something(text: str) -> bool:
-    """Whether there is a letter, number or symbol in it, not only spaces and punctuation."""
-    return any(unicodedata.category(character)[0] in "LNS" for character in text)
-
-
-def _lines(text: str) -> list[str]:
-    """The lines as an editor counts them, runs of white space made one space."""
-    return [" ".join(line.split()) for line in re.split(r"\r\n|\r|\n", text)]
-
-
-def _shorten(text: str, width: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
-
-
-def _tidy(text: str) -> str:
-    """One space between words, none before a comma or full stop, no comma at either end."""
-    text = re.sub(r"\s+(?=[,;!?]|\.(?:\s|$))", "", " ".join(text.split()))
-    return text.lstrip(" ,;").rstrip(" ,;")
-
-
-def _line_of_key(toml_text: str, key: str) -> int:
-    """The line of a top-level key (1-based), 0 where it is not plain to see."""
-    found = []
-    for number, line in enumerate(_lines(toml_text), start=1):
-        if re.match(r"\[\[?\s*(characters|panels)\s*\]", line):
-            break
-        if re.match(rf"[\"']?{re.escape(key)}[\"']?\s*=", line):
-            found.append(number)
-    return found[0] if len(found) == 1 else 0
-
-
-def _syntax_error(toml_text: str, error: Exception) -> StoryError:
-    """The decoder's words, and its line, which every Python since 3.11 and tomli put in the message."""
-    message = re.sub(r"\s*\(at .*\)$", "", str(error))
-    at = re.search(r"\(at line (\d+)", str(error))
-    end = len(_lines(toml_text.rstrip())) if "(at end of document)" in str(error) else 0
-    return StoryError(
-        f"The story file is not valid TOML: {message}.",
-        'Check this line and the one above: text stands in "quotes", a script in """three""".',
-        int(at[1]) if at else end,
-    )

@@ -14,7 +14,6 @@ from pathlib import Path
 from storydiffusion.attention import Plan
 from storydiffusion.errors import ImageError, StoryError
 from storydiffusion.models.catalogue import Preset
-from storydiffusion.panels import Reference, Settings, Target
 from storydiffusion.pictures import (
     PANEL_KEY,
     STORY_KEY,
@@ -25,7 +24,10 @@ from storydiffusion.pictures import (
     write_atomically,
 )
 from storydiffusion.references import Picture
-from storydiffusion.story import Panel, Story, dump_story, find_style, load_story
+from storydiffusion.sampling import Reference, Settings, Target
+from storydiffusion.story import Panel, Story
+from storydiffusion.story_file import dump_story, load_story
+from storydiffusion.styles import find_style
 
 STORY_FILE = "story.toml"
 SHEET_FILE = "contact.sheet.png"

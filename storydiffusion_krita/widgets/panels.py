@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..controller import Controller, PanelView
+from ..controller import Controller
+from ..progress import PanelView
 from ..qt import Qt, QtCore, QtGui, QtWidgets
 from ..story_state import MAX_SEED
 from ..texts import tr

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from storydiffusion.models import load_pipeline
-from storydiffusion.panels import Settings, Target, generate, make
+from storydiffusion.panels import generate, make
+from storydiffusion.sampling import Settings, Target
 from training.evaluate import peak_memory
 
 PLACES = ("in the forest", "at the beach", "in the city", "at the castle", "on the farm", "in the desert")

@@ -22,10 +22,17 @@ TESTER = "storydiffusion_scenario"
 #: the embedded Python takes its prefix from the first python on the path
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 MARK = "STORYDIFFUSION_STAGE"
+#: a folder with another Krita in it, made by `make_root.sh`; empty: the one that is installed here
+ROOT = os.environ.get("STORYDIFFUSION_KRITA_ROOT", "")
+#: where a root sees this machine's own files, so that the backend can run from there
+HOST = "/host"
 
 
 def missing() -> list[str]:
     """The programs that are needed and are not here."""
+    if ROOT:
+        inside = [name for name in ("krita", "xdotool") if not Path(f"{ROOT}/usr/bin/{name}").exists()]
+        return inside + [name for name in ("Xvfb", "unshare") if shutil.which(name, path=SYSTEM_PATH) is None]
     return [name for name in ("krita", "Xvfb", "xdotool") if shutil.which(name, path=SYSTEM_PATH) is None]
 
 
@@ -79,6 +86,11 @@ class Ran:
         return self.saw
 
 
+def inside(home: Path) -> list[str]:
+    """What a command is put behind to run where Krita is."""
+    return [str(HERE / "inroot.sh"), ROOT, str(home), str(HERE)] if ROOT else []
+
+
 def marked(stage: Path) -> list[str]:
     """The living processes of a run: all of them inherited its mark."""
     found = []
@@ -127,7 +139,7 @@ def krita(
     output, result = stage / "krita.log", stage / "result.json"
     with output.open("wb") as log:
         process = subprocess.Popen(
-            ["krita", "--nosplash"], env=given, cwd=home, stdout=log, stderr=log, start_new_session=True
+            [*inside(home), "krita", "--nosplash"], env=given, cwd=home, stdout=log, stderr=log, start_new_session=True
         )
         try:
             until = time.monotonic() + seconds
@@ -163,4 +175,5 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def backend_command() -> str:
     """The backend of the environment that runs the tests."""
-    return str(Path(sys.executable).parent / "storydiffusion")
+    command = str(Path(sys.executable).parent / "storydiffusion")
+    return f"chroot {HOST} {command}" if ROOT else command

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from PyQt5 import QtCore, QtGui, QtWidgets
+from storydiffusion_scenario.qt import QtCore, QtGui, QtWidgets
 from storydiffusion_scenario.runner import Stage, Until
 
 PLUGIN = "storydiffusion_krita"
@@ -36,12 +36,12 @@ def import_plugin(stage: Stage) -> Generator[Any, Any, Any]:
     dialog.findChild(QtWidgets.QLineEdit, "fileNameEdit").setText(os.environ["STORYDIFFUSION_ZIP"])
     yield 0.3
     stage.screenshot("import")
-    stage.click(dialog.findChild(QtWidgets.QDialogButtonBox).button(QtWidgets.QDialogButtonBox.Open))
+    stage.click(dialog.findChild(QtWidgets.QDialogButtonBox).button(QtWidgets.QDialogButtonBox.StandardButton.Open))
     yield Until("the question whether to enable it", lambda: top_level(QtWidgets.QMessageBox), 60)
     box = top_level(QtWidgets.QMessageBox)
     stage.saw["question"] = box.text()
     stage.screenshot("enable")
-    stage.click(box.button(QtWidgets.QMessageBox.Yes))
+    stage.click(box.button(QtWidgets.QMessageBox.StandardButton.Yes))
     yield Until("the dialog's end", lambda: not top_level(QtWidgets.QMessageBox))
     yield 0.5
     stage.saw["enabled"] = stage.krita.readSetting("python", f"enable_{PLUGIN}", "")
@@ -89,7 +89,7 @@ def groups(document: Any) -> list[Any]:
 def picture(node: Any, document: Any) -> QtGui.QImage:
     width, height = document.width(), document.height()
     data = bytes(node.projectionPixelData(0, 0, width, height))
-    return QtGui.QImage(data, width, height, QtGui.QImage.Format_ARGB32).copy()
+    return QtGui.QImage(data, width, height, QtGui.QImage.Format.Format_ARGB32).copy()
 
 
 def shown() -> dict[str, Any]:
@@ -135,11 +135,14 @@ def arrange(stage: Stage) -> Generator[Any, Any, Any]:
         if one.objectName() in ("ColorSelectorNg", "PresetDocker", "sharedtooldocker"):
             one.setVisible(False)
     found = main.findChild(QtWidgets.QDockWidget, "storydiffusion_docker")
-    stage.saw["docker"] = found is not None and found.isVisible()
+    stage.saw["docker"] = found is not None
+    if not found.isVisible():  # from 5.2 on Krita hides what is new
+        stage.action("storydiffusion_show")
+        yield Until("the docker", found.isVisible, 5)
     layer_box = main.findChild(QtWidgets.QDockWidget, "KisLayerBox")
     yield 0.3
-    main.resizeDocks([layer_box, found], [240, 700], QtCore.Qt.Vertical)
-    main.resizeDocks([found], [360], QtCore.Qt.Horizontal)
+    main.resizeDocks([layer_box, found], [240, 700], QtCore.Qt.Orientation.Vertical)
+    main.resizeDocks([found], [360], QtCore.Qt.Orientation.Horizontal)
     yield 0.3
 
 
@@ -198,12 +201,19 @@ def undo_and_redo(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
     stage.saw["redone"] = {"before": before, "after": layers(document), "shown": shown()}
 
 
+def where_clothes_are(image: QtGui.QImage) -> dict[tuple[int, int], tuple[float, float, float]]:
+    """`colours` of the lower middle, where a figure's body is."""
+    width, height = image.width(), image.height()
+    inside = lambda x, y: 0.25 * width < x < 0.75 * width and 0.5 * height < y < 0.92 * height  # noqa: E731
+    return {at: colour for at, colour in colours(image).items() if inside(*at)}
+
+
 def common_hue(images: list[QtGui.QImage]) -> float:
-    """The hue that is on the figure wherever the story goes: the one that the poorest panel has most of."""
+    """The hue that is on the body wherever the story goes: the one that the poorest panel has most of."""
     counts = []
     for image in images:
         bins = [0] * 12
-        for hue, saturation, value in colours(image).values():
+        for hue, saturation, value in where_clothes_are(image).values():
             if saturation > 0.35 and value > 0.25:
                 bins[int(hue * 12) % 12] += 1
         counts.append(bins)
@@ -229,11 +239,12 @@ def paint_clothes(stage: Stage, document: Any, group: Any) -> Generator[Any, Any
     hue = common_hue([picture(one, document) for one in groups(document)])
     image = picture(group, document)
     width, height = image.width(), image.height()
-    spots = [at for at, (h, s, _) in colours(image).items() if abs((h - hue + 0.5) % 1 - 0.5) < 0.05 and s > 0.3]
+    body = where_clothes_are(image)
+    spots = [at for at, (h, s, _) in body.items() if abs((h - hue + 0.5) % 1 - 0.5) < 0.05 and s > 0.3]
     if len(spots) < 0.02 * width * height / 4:
         spots = [(x, y) for y in range(height // 2, height * 3 // 4, 2) for x in range(width // 3, width * 2 // 3, 2)]
     paint = Paint(QtGui.QColor.fromHsvF((hue + 0.5) % 1, 0.85, 0.9), spots)
-    clothes = QtGui.QImage(width, height, QtGui.QImage.Format_ARGB32)
+    clothes = QtGui.QImage(width, height, QtGui.QImage.Format.Format_ARGB32)
     clothes.fill(0)
     for x, y in spots:
         for at in ((x, y), (x + 1, y), (x, y + 1), (x + 1, y + 1)):

@@ -13,16 +13,10 @@ from typing import Any
 import pytest
 
 from storydiffusion_krita import backend_process
-from storydiffusion_krita.backend_process import (
-    Backend,
-    Environment,
-    Installation,
-    Process,
-    Status,
-    child_environment,
-    torch_source,
-)
+from storydiffusion_krita.backend_process import Backend, Status
 from storydiffusion_krita.client import Address, Failure, Unreachable
+from storydiffusion_krita.environment import Environment, Installation, Step, child_environment, torch_source
+from storydiffusion_krita.process import Process
 
 
 class Mailbox:
@@ -379,12 +373,12 @@ def install(environment: Environment, fails: int | None = None) -> tuple[list[An
     """Runs an installation whose commands are small programs; what was told, and what they wrote."""
     trace = environment.folder / "trace"
 
-    def step(number: int, done: bool = False) -> backend_process.Step:
+    def step(number: int, done: bool = False) -> Step:
         code = f"open({str(trace)!r}, 'a').write('{number}'); print('Collecting thing-{number}')"
         code += f"; raise SystemExit({int(number == fails)})"
-        return backend_process.Step(f"step {number}", (sys.executable, "-S", "-c", code), done)
+        return Step(f"step {number}", (sys.executable, "-S", "-c", code), done)
 
-    def steps(*args: Any) -> list[backend_process.Step]:
+    def steps(*args: Any) -> list[Step]:
         return [step(0, environment.python.exists()), step(1)]
 
     environment.steps = steps  # type: ignore[method-assign]

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from fakes import FakeDocument, Scene
-from storydiffusion_krita.controller import frame_of
 from storydiffusion_krita.layers import PICTURE_ANNOTATION, STORY_ANNOTATION
+from storydiffusion_krita.page import frame_of
 
 LINES = ("[Mira] wakes", "[Mira] walks", "[Mira] swims", "[Mira] sleeps")
 

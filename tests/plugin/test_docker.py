@@ -13,8 +13,9 @@ from PyQt6.QtTest import QTest
 from PyQt6.QtWidgets import QAbstractButton, QApplication, QComboBox, QLabel, QLineEdit, QPlainTextEdit, QWidget
 
 from fakes import FakeDocument, Scene
-from storydiffusion_krita.backend_process import Backend, Environment, Status
+from storydiffusion_krita.backend_process import Backend, Status
 from storydiffusion_krita.docker import StoryDocker
+from storydiffusion_krita.environment import Environment
 from storydiffusion_krita.save_guard import SaveGuard
 from storydiffusion_krita.settings import Settings
 from storydiffusion_krita.texts import use_language

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from storydiffusion.server.protocol import JOB_REQUEST, PROTOCOL
-from storydiffusion.story import load_styles
+from storydiffusion.styles import load_styles
 from storydiffusion_krita import client, orders
 from storydiffusion_krita.story_state import Story
 from storydiffusion_krita.styles import STYLES

@@ -12,8 +12,9 @@ from PyQt6.QtGui import QColor, QImage
 from PyQt6.QtWidgets import QApplication
 
 from storydiffusion_krita import pictures
-from storydiffusion_krita.backend_process import Backend, Environment, Status
+from storydiffusion_krita.backend_process import Backend, Status
 from storydiffusion_krita.client import Event, Made
+from storydiffusion_krita.environment import Environment
 from storydiffusion_krita.studio import Studio
 from test_layers import Application, Document
 

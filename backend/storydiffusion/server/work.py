@@ -23,10 +23,11 @@ from storydiffusion.server.protocol import (
     Sheet,
     WireStory,
 )
-from storydiffusion.story import Character, Panel, Story, find_style
+from storydiffusion.story import Character, Panel, Story
+from storydiffusion.styles import find_style
 
 if TYPE_CHECKING:  # the engine's rooms import torch, which takes seconds
-    from storydiffusion.panels import Reference, Target
+    from storydiffusion.sampling import Reference, Target
 
 #: of all pictures of a request together, at the story's size
 MAX_TOTAL_PIXELS = 4 * MAX_PIXELS
@@ -224,7 +225,7 @@ def _panel_references(
 
 
 def _sheets(sheets: Sequence[Sheet], story: Story, pixels: _Pixels) -> list[Reference]:
-    from storydiffusion.panels import Reference
+    from storydiffusion.sampling import Reference
 
     described = {character.name: character.description for character in story.characters}
     references = []

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from krita import Krita
-from PyQt5 import QtCore, QtWidgets
+
+from .qt import QtCore, QtWidgets
 
 TICK_MS = 40
 

@@ -1,0 +1,90 @@
+"""What is being made, and the words that rows and the docker's last line have for it. No Qt, no Krita."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .orders import Order
+from .texts import tr
+
+
+@dataclass
+class Work:
+    """A panel that is being made: `state` is 'waiting', 'queued', 'loading', 'sampling' or 'placing'."""
+
+    key: str
+    state: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    position: int = 0
+
+
+@dataclass
+class Running:
+    order: Order[Any] | None
+    panels: tuple[str, ...]
+    began: float | None = None
+    steps_done: int = 0
+    made: set[str] = field(default_factory=set)
+    tail: int = 0
+
+
+@dataclass(frozen=True)
+class PanelView:
+    """What a panel's row shows."""
+
+    id: str
+    number: int
+    prompt: str
+    caption: str
+    problem: str
+    state: str
+    text: str
+    remedy: str
+    fraction: float | None
+    take: int
+    takes: int
+    locked: bool
+    seed: int | None
+    selected: bool
+    inside_selection: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The docker's last line: nothing where `text` is empty."""
+
+    text: str
+    fraction: float | None = None
+
+
+def working_text(work: Work) -> str:
+    if work.state == "sampling":
+        return tr("step {step} of {steps}", step=work.step, steps=work.steps)
+    if work.state == "queued" and work.position:
+        return tr("waiting behind {count} jobs", count=work.position)
+    return {
+        "waiting": tr("waiting for the backend"),
+        "queued": tr("waiting"),
+        "loading": tr("loading the model"),
+        "placing": tr("placing"),
+    }[work.state]
+
+
+def changed_text(parts: Sequence[str]) -> str:
+    words = {
+        "prompt": tr("prompt"),
+        "characters": tr("characters"),
+        "style": tr("style"),
+        "model": tr("model"),
+        "seed": tr("seed"),
+    }
+    return tr("changed since made: {parts}", parts=", ".join(words[part] for part in parts if part in words))
+
+
+def duration_text(seconds: float) -> str:
+    if seconds < 90:
+        return tr("{seconds} s left", seconds=max(1, round(seconds)))
+    return tr("{minutes} min left", minutes=round(seconds / 60))
