@@ -1,7 +1,8 @@
 """What the U-Net makes of noised pictures, stored: `python -m training.denoised`.
 
 The decoder is trained on these as well as on exact codes: the latents it will be given are the
-U-Net's, smoother and less certain than any picture's own.
+U-Net's, smoother and less certain than any picture's own. They are sampled from the middle of the
+schedule on, where the layout is still the picture's, with the steps and the guidance of generation.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import captions, data
 from training.clip import tokenize
 from training.common import MODEL
 from training.encode import latents_path
-from training.unet import scheduler
+from training.unet import GUIDANCE, RESCALE, STEPS, scheduler
 
 
 def denoised_path(folder: Path, number: int) -> Path:
@@ -32,25 +34,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=data.DATA)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--shards", type=int, default=10)
-    parser.add_argument("--latest", type=int, default=700, help="noisiest timestep to start from")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the whole schedule")
+    parser.add_argument("--skip", type=int, default=5, help="steps never run: the layout is decided there")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = random.Random(0)
     unet = UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=torch.float32).eval()
     text = CLIPTextModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(args.model / "tokenizer")
-    noising = scheduler()
+    sampler = scheduler()
+    sampler.set_timesteps(args.steps)
     for number in range(args.shards):
         latents = np.load(latents_path(args.data, number))
         rows = []
         for start in range(0, len(latents), 25):
-            x0 = torch.from_numpy(latents[start : start + 25]).float()
-            scenes = [data.scene(number * data.SHARD + start + i) for i in range(len(x0))]
-            ids = tokenize(tokenizer, [captions.describe(scene, rng).text for scene in scenes])
-            t = torch.randint(20, args.latest, (len(x0),))
-            noisy = noising.add_noise(x0, torch.randn_like(x0), t)
-            rows.append(unet(noisy, t, text(ids).last_hidden_state).sample.half().numpy())
+            x = torch.from_numpy(latents[start : start + 25]).float()
+            scenes = [data.scene(number * data.SHARD + start + i) for i in range(len(x))]
+            told = [captions.describe(scene, rng).text for scene in scenes]
+            prompt_embeds = text(tokenize(tokenizer, [""] * len(x) + told)).last_hidden_state
+            timesteps = sampler.timesteps[rng.randrange(args.skip, args.steps) :]
+            x = sampler.add_noise(x, torch.randn_like(x), timesteps[:1])
+            for t in timesteps:
+                without, with_text = unet(torch.cat([x, x]), t, prompt_embeds).sample.chunk(2)
+                guided = without + args.guidance * (with_text - without)
+                x = sampler.step(rescale_noise_cfg(guided, with_text, RESCALE), t, x).prev_sample
+            rows.append(x.half().numpy())
         path = denoised_path(args.data, number)
         with path.with_suffix(".part").open("wb") as file:
             np.save(file, np.concatenate(rows))

@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -28,6 +28,9 @@ from training.clip import WIDTH, tokenize
 from training.common import MODEL, Training, training_options
 from training.encode import CHANNELS, COMPONENTS, load_code
 from training.fields import GRID
+
+#: How pictures are made of it, here and in its preset.
+STEPS, GUIDANCE, RESCALE = 12, 3.0, 0.5
 
 
 def build() -> UNet2DConditionModel:
@@ -52,8 +55,10 @@ def build() -> UNet2DConditionModel:
     return unet
 
 
-def scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
+def scheduler() -> DDPMScheduler:
+    """Ancestral: fresh noise in every step lets the network put right what it decided too early. Without it
+    (DDIM) figures keep the outlines of the first, blurred guess."""
+    return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
@@ -62,7 +67,6 @@ def scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=True,
     )
 
 
@@ -123,15 +127,15 @@ def export(unet: UNet2DConditionModel, folder: Path) -> StableDiffusionPipeline:
     )
 
 
-def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guidance: float = 4.0) -> None:
+def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guidance: float = GUIDANCE) -> None:
     """A contact sheet of fixed prompts and seeds, to be looked at; decoded linearly."""
     pipe = export(unet, args.out)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
         list(SAMPLE_PROMPTS),
-        num_inference_steps=20,
+        num_inference_steps=STEPS,
         guidance_scale=guidance,
-        guidance_rescale=0.5,
+        guidance_rescale=RESCALE,
         output_type="latent",
         generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
     ).images
@@ -153,9 +157,9 @@ def told(unet: UNet2DConditionModel, args: argparse.Namespace, count: int = 40) 
         chunk = captioned[start : start + 20]
         latents = pipe(
             [caption.text for caption in chunk],
-            num_inference_steps=8,
-            guidance_scale=4.0,
-            guidance_rescale=0.5,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            guidance_rescale=RESCALE,
             output_type="latent",
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
         ).images

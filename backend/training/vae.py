@@ -2,11 +2,12 @@
 then `python -m training.vae decoder`.
 
 The U-Net speaks `encode`'s code. The encoder of a stock AutoencoderKL computes its components in
-closed form (principal components level by level, least squares at the last convolution); the layers
-on the coarsest grid then learn to read the fields, what the picture shows, as a classifier would. The
-decoder starts from least squares and is trained, on crops, to do what no linear map can: draw. Its
-latents carry noise and, for half of the batch, are what the U-Net made (`training.denoised`), so that
-it forgives what the U-Net gets wrong. Both are optimised by Muon.
+closed form (principal components level by level, least squares at the last convolution), in the first
+of the two groups its norms know; in the second one the layers on the coarsest grid learn to read the
+fields, what the picture shows, as a classifier would. The decoder starts from least squares and is
+trained, on crops, to do what no linear map can: draw. Its latents carry noise and, for half of the
+batch, are what the U-Net made (`training.denoised`), so that it forgives what the U-Net gets wrong.
+Both are optimised by Muon.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,18 +34,23 @@ CONFIG = dict(
     out_channels=3,
     down_block_types=("DownEncoderBlock2D",) * 5,
     up_block_types=("UpDecoderBlock2D",) * 5,
-    block_out_channels=(16, 32, 64, 128, 160),
+    block_out_channels=(16, 32, 64, 128, 256),
     layers_per_block=1,
     latent_channels=CHANNELS,
-    norm_num_groups=1,
+    norm_num_groups=2,
     mid_block_add_attention=True,  # the encoder's: a figure's feet say what its head wears
     sample_size=256,
     scaling_factor=1.0,
 )
-#: The most noise a latent channel is given in training: components coarse to fine, then fields.
+#: The most noise a latent channel is given in training: components coarse to fine, then fields. Where on the
+#: figure a patch lies has to stay exact: 0.1 is 6 pixels.
 NOISE = torch.cat([torch.linspace(0.1, 0.5, COMPONENTS), torch.full((fields.CHANNELS,), 0.3)])
-#: Constant channels of this size make the output GroupNorms (over all channels) a fixed scale.
+for ramp in ("u", "v"):
+    NOISE[COMPONENTS:][fields.SLICES[ramp]] = 0.1
+#: Constant channels of this size make the first group of the output GroupNorms a fixed scale.
 CONSTANT = 8.0
+#: Principal components in the encoder's first group; the rest of the group are constants.
+EXACT = 112
 #: SiLU is nearly linear around this input.
 LINEAR = 3.0
 
@@ -69,20 +76,41 @@ def build() -> AutoencoderKL:
 
 class Crops:
     """Crops of stored latents with the pictures they stand for. `kind` 'latents': the exact codes;
-    'denoised': the U-Net's (`training.denoised`), empty until they are made."""
+    'denoised': the U-Net's (`training.denoised`), empty until they are made, without those in which a
+    figure went elsewhere: a decoder that is shown those learns to blur."""
+
+    MOVED = 0.03  # share of patches that are a figure's in one and not in the other
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.latents = [np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{kind}-*.npy"))]
+        self.numbers = list(range(sum(map(len, self.latents))))
+        if kind != "latents":
+            exact, figure = Crops(folder, "latents"), COMPONENTS + fields.SLICES["figure"].start
+            same = [(self[i][figure] > 0) == (exact[i][figure] > 0) for i in self.numbers]
+            self.numbers = [i for i, one in zip(self.numbers, same, strict=True) if one.mean() >= 1 - self.MOVED]
 
     def __len__(self) -> int:
-        return sum(map(len, self.latents))
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> NDArray[np.float16]:
+        """The latents of picture `number`."""
+        latents: NDArray[np.float16] = self.latents[number // SHARD][number % SHARD]
+        return latents
+
+    def _spot(self, steps: int, g: int, rng: random.Random) -> tuple[int, int, int]:
+        """A picture's number and a corner: of three, the one whose crop has most of a figure in it."""
+        i = rng.choice(self.numbers)
+        figure = self[i][COMPONENTS + fields.SLICES["figure"].start] > 0
+        corners = [(rng.randrange(steps), rng.randrange(steps)) for _ in range(3)]
+        y, x = max(corners, key=lambda at: figure[at[0] : at[0] + g, at[1] : at[1] + g].sum())
+        return i, y, x
 
     def draw(self, pictures: Pictures, batch: int, size: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Latents (batch, CHANNELS, size / 16, size / 16) and pixels (batch, 3, size, size) in
         [-1, 1]; corners lie on the patch grid."""
         steps, g = (256 - size) // 16 + 1, size // 16
-        spots = [(rng.randrange(len(self)), rng.randrange(steps), rng.randrange(steps)) for _ in range(batch)]
-        codes = [self.latents[i // SHARD][i % SHARD][:, y : y + g, x : x + g] for i, y, x in spots]
+        spots = [self._spot(steps, g, rng) for _ in range(batch)]
+        codes = [self[i][:, y : y + g, x : x + g] for i, y, x in spots]
         pixels = [pictures[i][16 * y : 16 * y + size, 16 * x : 16 * x + size] for i, y, x in spots]
         return torch.from_numpy(np.stack(codes)).float(), to_tensor(np.stack(pixels))
 
@@ -130,9 +158,10 @@ def _constants(count: int) -> Tensor:
     return CONSTANT * torch.tensor([1.0, -1.0]).repeat(count // 2 + 1)[:count]
 
 
-def _linearise(norm: nn.GroupNorm, gain: float) -> None:
-    norm.weight.fill_(gain)
-    norm.bias.fill_(LINEAR)
+def _linearise(norm: nn.GroupNorm, gain: float, channels: int) -> None:
+    """Make a norm and the SiLU behind it nearly linear for the first `channels`."""
+    norm.weight[:channels] = gain
+    norm.bias[:channels] = LINEAR
 
 
 def linear_levels(vae: AutoencoderKL, x: Tensor) -> list[Tensor]:
@@ -173,30 +202,56 @@ def set_encoder(vae: AutoencoderKL, code: Code, x: Tensor) -> None:
         conv.weight[:n, :channels, :2, :2] = directions.view(n, channels, 2, 2)
         conv.bias[:n] = -directions @ mean
         level = F.conv2d(level, conv.weight[:n, :channels, :2, :2], conv.bias[:n], stride=2)
-    used, channels = level.shape[1], encoder.conv_norm_out.num_channels
-    encoder.down_blocks[-1].resnets[0].conv_shortcut.bias[used:] = 6 * _constants(channels - used)
-    gain = 6 * CONSTANT * ((channels - used) / channels) ** 0.5
-    _linearise(encoder.conv_norm_out, gain)
-    encoder.conv_norm_out.weight.mul_(0.25)  # smaller around the middle of SiLU's straight part
+    channels, group = encoder.conv_norm_out.num_channels, encoder.conv_norm_out.num_channels // 2
+    widen = encoder.down_blocks[-1].resnets[0].conv_shortcut
+    for fine in range(EXACT, group):
+        widen.weight[fine] = 0
+    widen.bias[EXACT:group] = 6 * _constants(group - EXACT)
     # what learns to read the fields sees every component at about unit size, fine ones a bit less
-    sizes = gain * _rows(level).std(0).clamp(min=1e-2) ** -0.7
-    mid = encoder.mid_block
-    for norm in (mid.resnets[0].norm1, mid.resnets[1].norm1, mid.attentions[0].group_norm):
-        norm.weight[:used], norm.weight[used:] = sizes, 0
-    first = encoder.down_blocks[-1].resnets[0].norm1  # sees no constants yet
-    first.weight.copy_(_rows(level).std() * sizes / gain)
+    sizes = _rows(level).std(0).clamp(min=1e-2) ** -0.7
+    widen.weight[group:] = 0
+    widen.weight[group:, :, 0, 0] = torch.diag(sizes)
+    first = encoder.down_blocks[-1].resnets[0].norm1
+    spread = torch.cat([part.std().expand(len(part)) for part in _rows(level).T.chunk(2)])  # of each of its groups
+    first.weight.copy_(spread * sizes)
+    _linearise(encoder.conv_norm_out, 0.25 * 6 * CONSTANT * ((group - EXACT) / group) ** 0.5, group)
     seen: list[Tensor] = []
-    hook = encoder.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = encoder.conv_out.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, :group]))
     for some in level.split(50):
         read_tail(vae, some)
     hook.remove()
     w, b = regress(_rows(torch.cat(seen)), _rows(code.encode(x)), 1e-9)
     encoder.conv_out.weight.zero_()
-    encoder.conv_out.weight[:COMPONENTS, :, 1, 1] = w.T
+    encoder.conv_out.weight[:COMPONENTS, :group, 1, 1] = w.T
     encoder.conv_out.bias[:COMPONENTS] = b
     encoder.conv_out.bias[COMPONENTS:CHANNELS] = 0
     encoder.conv_out.bias[CHANNELS:] = -8.0  # log-variance: as good as none
     _embed(vae.quant_conv, 2 * CHANNELS)
+
+
+def _learn_only(parameter: nn.Parameter, learning: Tensor) -> None:
+    """Let no gradient reach the elements that are False: Muon leaves a row it is given as zeros alone."""
+    parameter.register_hook(lambda gradient: gradient * learning)
+
+
+def learning_tail(vae: AutoencoderKL) -> nn.ModuleList:
+    """The encoder's layers on the coarsest grid, of which only the second group of channels learns, and
+    what the last convolution makes of it: the components stay what they are in closed form."""
+    encoder = vae.encoder
+    group = encoder.conv_norm_out.num_channels // 2
+    second = torch.arange(2 * group) >= group
+    encoder.down_blocks[-1].resnets[0].conv_shortcut.requires_grad_(False)
+    middle = encoder.mid_block
+    writers = [middle.attentions[0].to_out[0], encoder.conv_norm_out]
+    writers += [block.conv2 for block in (*encoder.down_blocks[-1].resnets, *middle.resnets)]
+    for writer in writers:
+        for parameter in writer.parameters():
+            _learn_only(parameter, second.view(-1, *[1] * (parameter.ndim - 1)))
+    outputs = torch.arange(2 * CHANNELS)
+    field = (outputs >= COMPONENTS) & (outputs < CHANNELS)
+    _learn_only(encoder.conv_out.weight, field.view(-1, 1, 1, 1) & second.view(1, -1, 1, 1))
+    _learn_only(encoder.conv_out.bias, field)
+    return nn.ModuleList([encoder.down_blocks[-1], middle, encoder.conv_norm_out, encoder.conv_out])
 
 
 @torch.no_grad()
@@ -213,12 +268,68 @@ def set_decoder(vae: AutoencoderKL, z: Tensor, levels: list[Tensor]) -> None:
         if target is not None:
             up = F.interpolate(estimate, scale_factor=2, mode="nearest")
             estimate = _fit_conv(block.upsamplers[0].conv, up, target, rng)
+    _set_positions(vae, z)
     channels = decoder.conv_norm_out.num_channels
     decoder.up_blocks[-1].resnets[0].conv_shortcut.bias[4:] = _constants(channels - 4)
-    _linearise(decoder.conv_norm_out, CONSTANT * ((channels - 4) / channels) ** 0.5)
+    group = channels // 2
+    _linearise(decoder.conv_norm_out, CONSTANT * ((group - 4) / group) ** 0.5, group)
     decoder.conv_out.weight.zero_()
     _embed(decoder.conv_out, 3)
     decoder.conv_out.bias.fill_(-LINEAR)
+
+
+def coarse_layers(vae: AutoencoderKL) -> list[nn.Module]:
+    """The decoder's residual blocks on the coarsest grid."""
+    decoder = vae.decoder
+    return [*decoder.mid_block.resnets, *decoder.up_blocks[0].resnets]
+
+
+def _set_positions(vae: AutoencoderKL, z: Tensor) -> None:
+    """Let the decoder's coarsest layers see the latents as they are, and where on a figure a patch lies as
+    finely as drawing needs it: the first one begins as hinges at many places along the two ramps. From a
+    plain start a network learns functions of two smooth ramps that are themselves smooth: blurs."""
+    decoder = vae.decoder
+    group = decoder.conv_in.out_channels // 2
+    # the second group: the latents, the two ramps made positive, constants that hold the norms' scale still
+    decoder.conv_in.weight[group:] = 0
+    decoder.conv_in.bias[group:] = 0
+    ramps = [COMPONENTS + fields.SLICES[name].start for name in ("u", "v")]
+    for c in range(CHANNELS):
+        decoder.conv_in.weight[group + c, c, 1, 1] = 1
+    first = group + CHANNELS
+    for i, ramp in enumerate(ramps):
+        decoder.conv_in.weight[first + i, ramp, 1, 1] = 2
+        decoder.conv_in.bias[first + i] = 4
+    decoder.conv_in.bias[first + 2 :] = _constants(group - CHANNELS - 2)
+    h = decoder.conv_in(vae.post_quant_conv(z))
+    estimate, rest = h[:, :group], h[:, group:]
+    mean, spread = rest.mean(), rest.var((1, 2, 3)).mean().sqrt()
+    sizes = _rows(estimate).std(0).clamp(min=1e-2) ** -0.7
+    for block in coarse_layers(vae):
+        block.norm1.weight[:group] = estimate.std() * sizes
+        block.norm1.weight[group : first + 2], block.norm1.bias[group : first + 2] = spread, mean
+        block.norm1.weight[first + 2 :], block.norm1.bias[first + 2 :] = 0, 0
+    decoder.up_blocks[0].upsamplers[0].conv.weight[:, group:] = 0
+    hinges = decoder.mid_block.resnets[0]
+    unit = 0
+    for i, (low, high, count) in enumerate(((-1.3, 1.3, 32), (-0.9, 1.1, 48))):
+        for at in torch.linspace(low, high, count):
+            for sign in (1, -1):
+                hinges.conv1.weight[unit] = 0
+                hinges.conv1.weight[unit, first + i, 1, 1] = sign
+                hinges.conv1.bias[unit] = -sign * F.silu(2 * at + 4)
+                hinges.norm2.weight[unit] = 8
+                unit += 1
+
+
+def read_coarse(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Latents -> what the decoder knows before it leaves the coarsest grid, of which the first channels
+    are an estimate of `linear_levels`' last."""
+    h = vae.decoder.conv_in(vae.post_quant_conv(latents))
+    for block in coarse_layers(vae):
+        h = block(h, None)
+    out: Tensor = h[:, : h.shape[1] // 2]
+    return out
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -240,7 +351,7 @@ def start(folder: Path) -> AutoencoderKL:
     z, x = Crops(folder, "latents").draw(pictures, 300, 128, random.Random(1))
     vae = build()
     set_encoder(vae, code, x)
-    set_decoder(vae, z, linear_levels(vae, x))
+    set_decoder(vae, worsened(z), linear_levels(vae, x))
     return vae
 
 
@@ -253,19 +364,18 @@ def roughened(x: Tensor) -> Tensor:
 
 
 def train_encoder(args: argparse.Namespace) -> None:
-    """Teach the layers on the coarsest grid to read the fields, and to keep the components."""
+    """Teach the layers on the coarsest grid to read the fields."""
     pictures, exact, code = Pictures(args.data), Crops(args.data, "latents"), load_code(args.data)
     torch.manual_seed(args.seed)
     vae = _load(args.start_from) if args.start_from else start(args.data)
-    encoder = vae.encoder
-    tail = nn.ModuleList([encoder.down_blocks[-1], encoder.mid_block, encoder.conv_norm_out, encoder.conv_out])
-    training = Training("encoder", tail, args, ema=0.99, adam=0.2)
+    training = Training("encoder", learning_tail(vae), args, ema=0.99)
     rng = random.Random(training.seed)
     weights = code.channel_weights().view(1, -1, 1, 1)
-    weights[:, :COMPONENTS] *= 4
     for _ in training:
         latents, x = exact.draw(pictures, 2 * args.batch, 256, rng)
-        read = read_tail(vae, linear_levels(vae, roughened(x))[-1])
+        with torch.no_grad():
+            features = linear_levels(vae, roughened(x))[-1]
+        read = read_tail(vae, features)
         parts = (read.detach() - latents).square().mean((0, 2, 3))
         training.learn(
             ((read - latents).square() * weights).mean(),
@@ -298,17 +408,51 @@ def _load(folder: Path) -> AutoencoderKL:
 
 
 def worsened(latents: Tensor) -> Tensor:
-    """Latents with the faults a U-Net's have: a little noise on everything, and for half of the pictures
+    """Latents with the faults a U-Net's have: a little noise on everything, and for some of the pictures
     colours that are blurred over their neighbours and far off, so that the drawing must come from what
     the fields say. Left alone, a decoder draws from the components and never learns to read the rest."""
     noise = NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1)
-    poor = (torch.rand(len(latents), 1, 1, 1) < 0.5).float()
+    poor = (torch.rand(len(latents), 1, 1, 1) < 0.3).float()
     components, rest = latents[:, :COMPONENTS], latents[:, COMPONENTS:]
     blurred = F.avg_pool2d(F.pad(components, (1, 1, 1, 1), mode="replicate"), 3, 1)
     far = torch.lerp(components, blurred, torch.rand(len(latents), 1, 1, 1))
     far = far + 1.5 * torch.rand(len(latents), 1, 1, 1) * torch.randn_like(components)
     mixed = torch.cat([torch.lerp(components, far, poor), rest], 1)
     return mixed + noise * torch.randn_like(latents)
+
+
+def train_sketch(args: argparse.Namespace) -> None:
+    """Teach the decoder's coarsest layers what the patches look like that latents speak of: the principal
+    components of their pixels. Without the finer layers it costs a fraction of a step, and it is here that
+    the decoder has to know what a cat's face is."""
+    pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
+    torch.manual_seed(args.seed)
+    vae = _load(args.start_from) if args.start_from else start(args.data)
+    coarse = nn.ModuleList([vae.post_quant_conv, vae.decoder.conv_in, *coarse_layers(vae)])
+    training = Training("sketch", coarse, args, ema=0.99, warmup=30)
+    rng = random.Random(training.seed)
+    with torch.no_grad():
+        sizes = _rows(linear_levels(vae, exact.draw(pictures, 50, 256, rng)[1])[-1]).std(0).clamp(min=1e-2)
+    importance = (sizes**-0.5 / (sizes**0.5).mean()).view(1, -1, 1, 1)
+    for _ in training:
+        latents, x = exact.draw(pictures, args.batch, 256, rng)
+        mine = latents[:, COMPONENTS:][:, fields.SLICES["figure"]] > 0
+        latents = worsened(latents)
+        if len(denoised):
+            half = args.batch // 2
+            latents[:half], x[:half] = denoised.draw(pictures, half, 256, rng)
+            mine[:half] = latents[:half, COMPONENTS:][:, fields.SLICES["figure"]] > 0
+        with torch.no_grad():
+            target = linear_levels(vae, x)[-1]
+        errors = F.smooth_l1_loss(read_coarse(vae, latents), target, reduction="none", beta=0.1) * importance
+        training.learn(
+            (errors * (1 + 3 * mine)).mean(),
+            exact=float(errors[args.batch // 2 :].detach().mean()),
+            denoised=float(errors[: args.batch // 2].detach().mean()),
+        )
+    training.finish()
+    vae.eval()
+    vae.half().save_pretrained(args.out / "vae")
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -342,10 +486,10 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = training_options(__doc__, MODEL, steps=2000, batch=8, lr=2e-3)
-    parser.add_argument("part", choices=("encoder", "decoder"))
+    parser.add_argument("part", choices=("encoder", "sketch", "decoder"))
     parser.add_argument("--crop", type=int, default=128, help="pixels; the decoder's pictures")
     args = parser.parse_args()
-    train_encoder(args) if args.part == "encoder" else train_decoder(args)
+    {"encoder": train_encoder, "sketch": train_sketch, "decoder": train_decoder}[args.part](args)
 
 
 if __name__ == "__main__":
