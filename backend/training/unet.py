@@ -30,7 +30,7 @@ from training.encode import CHANNELS, COMPONENTS, load_code
 from training.fields import GRID
 
 #: How pictures are made of it, here and in its preset.
-STEPS, GUIDANCE, RESCALE = 12, 3.0, 0.5
+STEPS, GUIDANCE, RESCALE = 16, 3.0, 0.5
 
 
 def build() -> UNet2DConditionModel:

@@ -268,7 +268,6 @@ def set_decoder(vae: AutoencoderKL, z: Tensor, levels: list[Tensor]) -> None:
         if target is not None:
             up = F.interpolate(estimate, scale_factor=2, mode="nearest")
             estimate = _fit_conv(block.upsamplers[0].conv, up, target, rng)
-    _set_positions(vae, z)
     channels = decoder.conv_norm_out.num_channels
     decoder.up_blocks[-1].resnets[0].conv_shortcut.bias[4:] = _constants(channels - 4)
     group = channels // 2
@@ -276,60 +275,6 @@ def set_decoder(vae: AutoencoderKL, z: Tensor, levels: list[Tensor]) -> None:
     decoder.conv_out.weight.zero_()
     _embed(decoder.conv_out, 3)
     decoder.conv_out.bias.fill_(-LINEAR)
-
-
-def coarse_layers(vae: AutoencoderKL) -> list[nn.Module]:
-    """The decoder's residual blocks on the coarsest grid."""
-    decoder = vae.decoder
-    return [*decoder.mid_block.resnets, *decoder.up_blocks[0].resnets]
-
-
-def _set_positions(vae: AutoencoderKL, z: Tensor) -> None:
-    """Let the decoder's coarsest layers see the latents as they are, and where on a figure a patch lies as
-    finely as drawing needs it: the first one begins as hinges at many places along the two ramps. From a
-    plain start a network learns functions of two smooth ramps that are themselves smooth: blurs."""
-    decoder = vae.decoder
-    group = decoder.conv_in.out_channels // 2
-    # the second group: the latents, the two ramps made positive, constants that hold the norms' scale still
-    decoder.conv_in.weight[group:] = 0
-    decoder.conv_in.bias[group:] = 0
-    ramps = [COMPONENTS + fields.SLICES[name].start for name in ("u", "v")]
-    for c in range(CHANNELS):
-        decoder.conv_in.weight[group + c, c, 1, 1] = 1
-    first = group + CHANNELS
-    for i, ramp in enumerate(ramps):
-        decoder.conv_in.weight[first + i, ramp, 1, 1] = 2
-        decoder.conv_in.bias[first + i] = 4
-    decoder.conv_in.bias[first + 2 :] = _constants(group - CHANNELS - 2)
-    h = decoder.conv_in(vae.post_quant_conv(z))
-    estimate, rest = h[:, :group], h[:, group:]
-    mean, spread = rest.mean(), rest.var((1, 2, 3)).mean().sqrt()
-    sizes = _rows(estimate).std(0).clamp(min=1e-2) ** -0.7
-    for block in coarse_layers(vae):
-        block.norm1.weight[:group] = estimate.std() * sizes
-        block.norm1.weight[group : first + 2], block.norm1.bias[group : first + 2] = spread, mean
-        block.norm1.weight[first + 2 :], block.norm1.bias[first + 2 :] = 0, 0
-    decoder.up_blocks[0].upsamplers[0].conv.weight[:, group:] = 0
-    hinges = decoder.mid_block.resnets[0]
-    unit = 0
-    for i, (low, high, count) in enumerate(((-1.3, 1.3, 32), (-0.9, 1.1, 48))):
-        for at in torch.linspace(low, high, count):
-            for sign in (1, -1):
-                hinges.conv1.weight[unit] = 0
-                hinges.conv1.weight[unit, first + i, 1, 1] = sign
-                hinges.conv1.bias[unit] = -sign * F.silu(2 * at + 4)
-                hinges.norm2.weight[unit] = 8
-                unit += 1
-
-
-def read_coarse(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Latents -> what the decoder knows before it leaves the coarsest grid, of which the first channels
-    are an estimate of `linear_levels`' last."""
-    h = vae.decoder.conv_in(vae.post_quant_conv(latents))
-    for block in coarse_layers(vae):
-        h = block(h, None)
-    out: Tensor = h[:, : h.shape[1] // 2]
-    return out
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -374,7 +319,8 @@ def train_encoder(args: argparse.Namespace) -> None:
     for _ in training:
         latents, x = exact.draw(pictures, 2 * args.batch, 256, rng)
         with torch.no_grad():
-            features = linear_levels(vae, roughened(x))[-1]
+            # torch 2.13's GroupNorm of two groups breaks down on channels-last input, which pictures bring along
+            features = linear_levels(vae, roughened(x))[-1].contiguous()
         read = read_tail(vae, features)
         parts = (read.detach() - latents).square().mean((0, 2, 3))
         training.learn(
@@ -421,40 +367,6 @@ def worsened(latents: Tensor) -> Tensor:
     return mixed + noise * torch.randn_like(latents)
 
 
-def train_sketch(args: argparse.Namespace) -> None:
-    """Teach the decoder's coarsest layers what the patches look like that latents speak of: the principal
-    components of their pixels. Without the finer layers it costs a fraction of a step, and it is here that
-    the decoder has to know what a cat's face is."""
-    pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
-    torch.manual_seed(args.seed)
-    vae = _load(args.start_from) if args.start_from else start(args.data)
-    coarse = nn.ModuleList([vae.post_quant_conv, vae.decoder.conv_in, *coarse_layers(vae)])
-    training = Training("sketch", coarse, args, ema=0.99, warmup=30)
-    rng = random.Random(training.seed)
-    with torch.no_grad():
-        sizes = _rows(linear_levels(vae, exact.draw(pictures, 50, 256, rng)[1])[-1]).std(0).clamp(min=1e-2)
-    importance = (sizes**-0.5 / (sizes**0.5).mean()).view(1, -1, 1, 1)
-    for _ in training:
-        latents, x = exact.draw(pictures, args.batch, 256, rng)
-        mine = latents[:, COMPONENTS:][:, fields.SLICES["figure"]] > 0
-        latents = worsened(latents)
-        if len(denoised):
-            half = args.batch // 2
-            latents[:half], x[:half] = denoised.draw(pictures, half, 256, rng)
-            mine[:half] = latents[:half, COMPONENTS:][:, fields.SLICES["figure"]] > 0
-        with torch.no_grad():
-            target = linear_levels(vae, x)[-1]
-        errors = F.smooth_l1_loss(read_coarse(vae, latents), target, reduction="none", beta=0.1) * importance
-        training.learn(
-            (errors * (1 + 3 * mine)).mean(),
-            exact=float(errors[args.batch // 2 :].detach().mean()),
-            denoised=float(errors[: args.batch // 2].detach().mean()),
-        )
-    training.finish()
-    vae.eval()
-    vae.half().save_pretrained(args.out / "vae")
-
-
 def train_decoder(args: argparse.Namespace) -> None:
     """Teach the decoder to draw what latents say."""
     pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
@@ -486,10 +398,10 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = training_options(__doc__, MODEL, steps=2000, batch=8, lr=2e-3)
-    parser.add_argument("part", choices=("encoder", "sketch", "decoder"))
+    parser.add_argument("part", choices=("encoder", "decoder"))
     parser.add_argument("--crop", type=int, default=128, help="pixels; the decoder's pictures")
     args = parser.parse_args()
-    {"encoder": train_encoder, "sketch": train_sketch, "decoder": train_decoder}[args.part](args)
+    train_encoder(args) if args.part == "encoder" else train_decoder(args)
 
 
 if __name__ == "__main__":
