@@ -307,7 +307,7 @@ def test_the_embedded_models_unet_gives_the_same_with_the_literal_formula(plan: 
     unet = UNet2DConditionModel.from_pretrained(
         resources() / "models" / "storyworld" / "unet", torch_dtype=torch.float32
     ).eval()
-    x = torch.randn(6, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(6, unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     text = torch.randn(6, 56, 192, generator=torch.Generator().manual_seed(1))
     outputs = []
     for literal in (False, True):

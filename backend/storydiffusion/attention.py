@@ -50,6 +50,9 @@ class Plan:
         reference_weight: the same for tokens of finished panels that are replayed.
         reference_noise: references are noised to this multiple of the current timestep, 0 to 1.
             Below 1 their features are clearer than the panel's own.
+        subjects: of panels whose prompt is also known without its characters (`scenery`), only the
+            tokens of the characters are shared, found where naming them changes the prediction
+            (DiffEdit, Couairon et al. 2022, arXiv 2210.11427). The paper shares places too.
     """
 
     name: str = "custom"
@@ -61,6 +64,7 @@ class Plan:
     weight: float = 1.0
     reference_weight: float = 1.0
     reference_noise: float = 1.0
+    subjects: bool = False
 
     def __post_init__(self) -> None:
         for value in (self.rate, *self.rates.values()):
@@ -92,7 +96,7 @@ class Plan:
 #: (`storydiffusion evaluate consistency` prints the comparison).
 PLANS: dict[str, Plan] = {
     "paper": Plan("paper"),
-    "default": Plan("default", where=EVERYWHERE, rate=1.0, weight=4.0, reference_weight=16.0),
+    "default": Plan("default", where=EVERYWHERE, start=0.12, rate=1.0, weight=0.3, reference_weight=1.0, subjects=True),
     "everywhere": Plan("everywhere", where=EVERYWHERE, rate=1.0),
 }
 

@@ -218,4 +218,6 @@ def extend(
 
 def as_reference(target: Target, picture: Picture) -> Reference:
     """A finished panel as something others are made from."""
-    return Reference(target.id, picture, target.prompt, target.negative_prompt, target.characters)
+    return Reference(
+        target.id, picture, target.prompt, target.negative_prompt, target.characters, scenery=target.scenery
+    )

@@ -10,12 +10,14 @@ references does not depend on which others are made with it; nothing is remember
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,6 +46,8 @@ class Target:
     Attributes:
         id: names it within the story; its token samples are seeded by it.
         prompt, negative_prompt: full text, style and descriptions included.
+        scenery: the prompt without its characters, for plans that share `subjects` alone; None
+            where it is not known, and all of the panel is shared.
         seed: of its own noise.
         characters: who is in it; panels share tokens only where they share a character. None means
             it is not known, and the panel shares with all.
@@ -64,6 +68,7 @@ class Target:
     mask: NDArray[np.uint8] | None = None
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
+    scenery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Reference:
         prompt: what it shows; the nearer to the truth, the clearer its features.
         characters: who is in it, or None where not known.
         mask: (height, width) 8 bits, white where the character is; only that part is looked at.
+        scenery: as a target's.
     """
 
     id: str
@@ -84,6 +90,7 @@ class Reference:
     negative_prompt: str = ""
     characters: tuple[str, ...] | None = None
     mask: NDArray[np.uint8] | None = None
+    scenery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,13 +210,16 @@ class _Run:
     timesteps: Tensor
     prompts: list[Conditioning]
     negatives: list[Conditioning]
+    sceneries: list[Conditioning | None]
     noise: Tensor
     start: Tensor
     first: list[int]
     masks: Tensor
     reference_latents: Tensor
     reference_noise: Tensor
-    reference_tokens: dict[str, Tensor]
+    #: of targets and then references, by row: the tokens others may see; those a mask gives stay
+    tokens: dict[int, Tensor]
+    given_tokens: frozenset[int]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -267,6 +277,11 @@ def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Referenc
             masks[i, 0] = latent_mask(target.mask, (noise.shape[2], noise.shape[3]))
     replayed = [picture_noise(pipe, settings, stable_seed(settings.seed, r.id, "replay")) for r in references]
     encoded = [encode_image(pipe, r.image, settings.width, settings.height) for r in references]
+    given = {
+        len(targets) + i: latent_mask(r.mask, (noise.shape[2], noise.shape[3])) > 0
+        for i, r in enumerate(references)
+        if r.mask is not None
+    }
     return _Run(
         pipe=pipe,
         settings=settings,
@@ -275,22 +290,24 @@ def _prepare(pipe: Any, targets: Sequence[Target], references: Sequence[Referenc
         timesteps=timesteps,
         prompts=[prompt(one.prompt) for one in everything],
         negatives=[negative(one.negative_prompt) for one in everything],
+        sceneries=[None if one.scenery is None else prompt(one.scenery) for one in everything],
         noise=noise,
         start=start,
         first=first,
         masks=masks,
         reference_latents=torch.cat(encoded).to(noise) if encoded else noise[:0],
         reference_noise=torch.cat(replayed).to(device) if replayed else noise[:0],
-        reference_tokens={
-            r.id: latent_mask(r.mask, (noise.shape[2], noise.shape[3])) > 0 for r in references if r.mask is not None
-        },
+        tokens=given,
+        given_tokens=frozenset(given),
     )
 
 
 def _unet(run: _Run, model_input: Tensor, timestep: Tensor, rows: Sequence[int], halves: Sequence[int]) -> Tensor:
-    """One call: scaled latents (n, c, h, w) of `rows` -> predictions (halves, n, c, h, w)."""
+    """One call: scaled latents (n, c, h, w) of `rows` -> predictions (halves, n, c, h, w); half 0 is
+    that of the negative prompts, 1 of the prompts, 2 of the prompts without their characters."""
     pipe, settings = run.pipe, run.settings
-    chosen = [(run.negatives if half == 0 else run.prompts)[row] for half in halves for row in rows]
+    texts = (run.negatives, run.prompts, run.sceneries)
+    chosen = [cast("Conditioning", texts[half][row]) for half in halves for row in rows]
     embeds, mask, pooled = stack(chosen)
     batch = model_input.repeat(len(halves), 1, 1, 1).to(pipe._execution_device)
     extra: dict[str, Any] = {}
@@ -317,6 +334,31 @@ def _calls(count: int, way: Way, settings: Settings) -> list[list[int]]:
     return [list(range(i, min(i + settings.chunk, count))) for i in range(0, count, settings.chunk)]
 
 
+#: When characters are looked for, as fractions of the schedule: soon, and again once outlines stand.
+SUBJECTS_AT = (0.0, 0.12, 0.3)
+#: How far pictures that are finished are noised to look for the characters in them.
+FINISHED_AT = 0.65
+
+
+def _find_subjects(run: _Run, latents: Tensor, timestep: Tensor, rows: Sequence[int], cancel: Cancel) -> None:
+    """Which tokens of `rows` are their characters': where naming them changes what is predicted."""
+    for row, one in zip(rows, latents.split(1), strict=True):
+        if run.sceneries[row] is None or row in run.given_tokens:
+            continue
+        stop_if(cancel)
+        named, unnamed = _unet(run, one, timestep, [row], (1, 2))[:, 0]
+        change = (named - unnamed).square().mean(0).sqrt().cpu().numpy()
+        levels = (255 * change / max(float(change.max()), 1e-8)).astype(np.uint8)
+        _, found = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+        if found.any():
+            run.tokens[row] = torch.from_numpy(found > 0)
+
+
+def _tokens_of(run: _Run, names: Mapping[str, int]) -> dict[str, Tensor]:
+    """For each of these rows, by name, the tokens that others may see, where not all."""
+    return {name: run.tokens[row] for name, row in names.items() if row in run.tokens}
+
+
 def _layout(run: _Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
     targets = [run.targets[row] for row in rows]
     sources = tuple(
@@ -335,6 +377,7 @@ def _layout(run: _Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
         tuple(t.id for t in targets),
         sources,
         remembered=remembered if run.references else (),
+        tokens=_tokens_of(run, {run.targets[row].id: row for row in rows}),
     )
 
 
@@ -350,10 +393,10 @@ def _replay(
     noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
     for i, reference in enumerate(run.references):
         stop_if(cancel)
-        name = _name(reference)
-        tokens = {name: run.reference_tokens[reference.id]} if reference.id in run.reference_tokens else {}
+        name, row = _name(reference), len(run.targets) + i
+        tokens = _tokens_of(run, {name: row})
         consistency.next_call(Layout(len(halves), (name,), ((),), remember=True, tokens=tokens))
-        _unet(run, noisy[i : i + 1], at, [len(run.targets) + i], halves)
+        _unet(run, noisy[i : i + 1], at, [row], halves)
 
 
 def variance_preserving(scheduler: Any, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -450,6 +493,8 @@ def denoise(
                     latents[i : i + 1] = _noised(run, i, timestep)
             if consistency is not None:
                 consistency.begin_step(step, step / len(timesteps), run.grid)
+                if consistency.plan.subjects:
+                    _look_for_subjects(run, consistency, latents, step, way, cancel)
             predicted = _predict(run, latents, timestep, calls, way, consistency, cancel)
             generators = [torch.Generator().manual_seed(stable_seed(t.seed, "step", step)) for t in targets]
             latents = scheduler.step(
@@ -463,6 +508,25 @@ def denoise(
             if callback:
                 callback(Progress(step + 1 - begin, len(timesteps) - begin, ids, partial(preview, latents)))
     return cast("Tensor", latents)
+
+
+def _look_for_subjects(
+    run: _Run, consistency: ConsistentSelfAttention, latents: Tensor, step: int, way: Way, cancel: Cancel
+) -> None:
+    """Find the characters before a step, where it is time to: in the references once, in targets that
+    others look at as they take shape."""
+    count, steps, plan = len(run.targets), len(run.timesteps), consistency.plan
+    consistency.next_call(None)
+    if not plan.holds(step / steps):
+        return
+    if run.references and not any(plan.holds(earlier / steps) for earlier in range(step)):
+        at = run.timesteps[round((1 - FINISHED_AT) * (steps - 1))]
+        noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
+        _find_subjects(run, noisy, at, range(count, count + len(run.references)), cancel)
+    due = {min(max(math.ceil(at * steps), math.ceil(plan.start * steps)), steps - 1) for at in SUBJECTS_AT}
+    if way != "extend" and step in due:
+        scaled = run.pipe.scheduler.scale_model_input(latents, run.timesteps[step])
+        _find_subjects(run, scaled, run.timesteps[step], range(count), cancel)
 
 
 def _noised(run: _Run, i: int, timestep: Tensor) -> Tensor:

@@ -126,6 +126,12 @@ class Story:
 
         return tidy(style.prompt.replace("{prompt}", tidy(TAG.sub(words, panel.prompt))))
 
+    def scenery_prompt(self, panel: Panel, style: Style) -> str | None:
+        """`full_prompt` without its characters; None where nobody is in the panel."""
+        if not characters_in(panel, self.characters):
+            return None
+        return tidy(style.prompt.replace("{prompt}", tidy(TAG.sub(" ", panel.prompt))))
+
     def full_negative_prompt(self, style: Style) -> str:
         """The story's negative prompt and the style's."""
         return ", ".join(filter(None, map(tidy, (self.negative_prompt, style.negative_prompt))))

@@ -14,6 +14,7 @@ from pathlib import Path
 from storydiffusion.attention import Plan
 from storydiffusion.errors import ImageError, StoryError
 from storydiffusion.models.catalogue import Preset
+from storydiffusion.panels import as_reference
 from storydiffusion.pictures import (
     PANEL_KEY,
     STORY_KEY,
@@ -44,6 +45,7 @@ def targets_of(story: Story) -> list[Target]:
             seed=story.panel_seed(panel),
             negative_prompt=negative,
             characters=panel.characters,
+            scenery=story.scenery_prompt(panel, style),
         )
         for panel in story.panels
     ]
@@ -131,9 +133,7 @@ def references_of(folder: Path, story: Story, leave_out: Sequence[str] = ()) -> 
     for target in targets_of(story):
         path = latest_take(folder, target.id)
         if target.id not in leave_out and path is not None:
-            references.append(
-                Reference(target.id, load_picture(path), target.prompt, target.negative_prompt, target.characters)
-            )
+            references.append(as_reference(target, load_picture(path)))
     return references
 
 

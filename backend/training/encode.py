@@ -29,6 +29,7 @@ from training.fields import PATCH
 COMPONENTS = 16
 CHANNELS = COMPONENTS + fields.CHANNELS
 WHITENING = 0.6
+CODE = "code.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Code:
 
 
 def load_code(folder: Path = DATA) -> Code:
-    return Code(**load_tensors(folder / "code.safetensors"))
+    return Code(**load_tensors(folder / CODE))
 
 
 def fit_code(pictures: Pictures, count: int = 1500, seed: int = 0) -> Code:
@@ -120,7 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     pictures = Pictures(args.data)
     code = Code(**load_tensors(args.code)) if args.code else fit_code(pictures)
-    code.save(args.data / "code.safetensors")
+    code.save(args.data / CODE)
     count = len(pictures.shards)
     with ProcessPoolExecutor(args.workers) as pool:
         for number, _ in enumerate(pool.map(encode_shard, [args.data] * count, range(count))):

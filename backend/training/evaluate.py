@@ -46,12 +46,14 @@ class EvalStory:
     Attributes:
         told: the character's attributes every prompt states; the other ones are open.
         panels: for every panel its prompt and all it states.
+        sceneries: every prompt without its character.
     """
 
     number: int
     character: world.Character
     told: frozenset[str]
     panels: tuple[tuple[str, dict[str, str]], ...]
+    sceneries: tuple[str, ...] = ()
 
     @property
     def open(self) -> tuple[str, ...]:
@@ -59,8 +61,8 @@ class EvalStory:
 
     def targets(self) -> list[Target]:
         return [
-            Target(f"p{i + 1}", prompt, stable_seed("evaluate", self.number, i), characters=("hero",))
-            for i, (prompt, _) in enumerate(self.panels)
+            Target(f"p{i + 1}", prompt, stable_seed("evaluate", self.number, i), characters=("hero",), scenery=scenery)
+            for i, ((prompt, _), scenery) in enumerate(zip(self.panels, self.sceneries, strict=True))
         ]
 
 
@@ -75,7 +77,7 @@ def eval_story(number: int) -> EvalStory:
     count = rng.choices((4, 5, 6, 8), (10, 3, 2, 1))[0]
     places = rng.sample(world.PLACES, count)
     wording = rng.randrange(1 << 30)
-    panels = []
+    panels, sceneries = [], []
     for place in places:
         scene = world.single(rng, who, framing="medium", place=place)
         stated = set(told) | {"place"}
@@ -83,13 +85,15 @@ def eval_story(number: int) -> EvalStory:
         if rng.random() < 0.5:
             stated |= {"action", "framing"}
         # the subject is worded alike in every panel, as a script's character is
-        text = _prompt(scene, stated, random.Random(wording), rng)
+        text, scenery = _prompt(scene, stated, random.Random(wording), rng)
+        sceneries.append(scenery)
         truth = scene.attributes()
         panels.append((text, {n: truth[n] for n in stated if n in truth}))
-    return EvalStory(number, who, frozenset(told), tuple(panels))
+    return EvalStory(number, who, frozenset(told), tuple(panels), tuple(sceneries))
 
 
-def _prompt(scene: world.Scene, stated: set[str], wording: random.Random, rng: random.Random) -> str:
+def _prompt(scene: world.Scene, stated: set[str], wording: random.Random, rng: random.Random) -> tuple[str, str]:
+    """A prompt, and the same without its character."""
     cell, figure = scene.cells[0], scene.cells[0].figures[0]
     words = [captions.subject(figure.character, stated & set(world.CHARACTER_ATTRIBUTES), wording)]
     if "action" in stated:
@@ -99,8 +103,8 @@ def _prompt(scene: world.Scene, stated: set[str], wording: random.Random, rng: r
         words.append(rng.choice(captions.TIME_WORDS[cell.time]))
     if "weather" in stated and cell.place not in world.INDOORS:
         words.append(rng.choice(captions.WEATHER_WORDS[cell.weather]))
-    text = " ".join(words)
-    return text + ", medium shot" if "framing" in stated else text
+    end = ", medium shot" if "framing" in stated else ""
+    return " ".join(words) + end, " ".join(words[1:]) + end
 
 
 # --------------------------------------------------------------------------- what is compared
@@ -270,11 +274,11 @@ def paint_row(pipe: Any, probe: Any, stories: Sequence[EvalStory], settings: Set
             for place in rng.sample(world.PLACES, 4)
         ]
         targets = [
-            Target(f"p{i + 2}", prompt, stable_seed("paint", story.number, i), characters=("hero",))
-            for i, prompt in enumerate(prompts[1:])
+            Target(f"p{i + 2}", prompt, stable_seed("paint", story.number, i), characters=("hero",), scenery=scenery)
+            for i, (prompt, scenery) in enumerate(prompts[1:])
         ]
         # what an artist's panel would be captioned: what the story tells of it
-        reference = Reference("p1", painted, prompts[0], characters=("hero",))
+        reference = Reference("p1", painted, prompts[0][0], characters=("hero",), scenery=prompts[0][1])
         for name, refs in (("followed", [reference]), ("chance", [])):
             chosen = settings if refs else replace(settings, plan=None)
             for seen in read(probe, make(pipe, targets, refs, chosen, "extend")):

@@ -1,5 +1,5 @@
-"""Stage 5, the autoencoder that reads and writes the latent code: `python -m training.vae encoder`,
-then `python -m training.vae decoder`.
+"""Stage 5, the autoencoder that reads and writes the latent code: `python -m training.vae decoder`,
+then `python -m training.vae encoder --start-from` what that left.
 
 The U-Net speaks `encode`'s code. The encoder of a stock AutoencoderKL computes its components in
 closed form (principal components level by level, least squares at the last convolution), in the first
