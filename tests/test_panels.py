@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,12 @@ from diffusers import DDIMScheduler
 from storydiffusion import panels, sampling
 from storydiffusion.attention import EVERYWHERE, PLANS, Plan
 from storydiffusion.errors import Cancelled, ImageError, OutOfMemoryError, PlanError
+from storydiffusion.models import load_pipeline
 from storydiffusion.panels import choose_references, extend, generate, make, smaller_chunks
 from storydiffusion.references import decode_latents
 from storydiffusion.sampling import LatentPreview, Progress, Reference, Settings, Target, denoise, shares
 from tiny import TINY
+from training import fields, world
 
 SETTINGS = Settings(
     width=32, height=32, num_inference_steps=3, guidance_scale=3.0, plan=Plan(where=EVERYWHERE, rate=0.5), seed=5
@@ -376,3 +379,36 @@ def test_latents_do_not_depend_on_global_random_state(ddim: Any) -> None:
     a = make(ddim, story(1), (), SETTINGS)[0]
     torch.manual_seed(2)
     assert np.array_equal(a, make(ddim, story(1), (), SETTINGS)[0])
+
+
+# Characters are shared, places are not ---------------------------------------------------------------
+
+
+def test_sharing_characters_alone_makes_other_pictures_and_the_same_in_any_chunk(ddim: Any) -> None:
+    targets = [replace(t, scenery=f"place {i}") for i, t in enumerate(story(3))]
+    subjects = replace(SETTINGS, plan=replace(SETTINGS.plan, subjects=True))
+    whole = make(ddim, targets, (), subjects)
+    assert not all(same(a, b) for a, b in zip(whole, make(ddim, targets, (), SETTINGS), strict=True))
+    in_chunks = make(ddim, targets, (), replace(subjects, chunk=1, split_guidance=True))
+    assert all(same(a, b) for a, b in zip(whole, in_chunks, strict=True))
+
+
+def test_a_panel_without_known_scenery_is_shared_as_a_whole(ddim: Any) -> None:
+    subjects = replace(SETTINGS, plan=replace(SETTINGS.plan, subjects=True))
+    alike = zip(make(ddim, story(2), (), subjects), make(ddim, story(2), (), SETTINGS), strict=True)
+    assert all(np.array_equal(a, b) for a, b in alike)
+
+
+def test_the_character_is_found_in_a_drawn_panel() -> None:
+    pipe = load_pipeline("storyworld")
+    who = world.Character("bear", "blue", "dress", "yellow", "plain", "crown", "red")
+    drawn = world.single(random.Random(4), who, framing="medium", action="standing", place="beach")
+    reference = Reference("p1", world.draw(drawn), "a blue bear in a yellow dress at the beach", scenery="at the beach")
+    settings = Settings(num_inference_steps=16, guidance_scale=3.0)
+    run = sampling._prepare(pipe, [Target("p2", "a bear in the forest", 1)], [reference], settings)
+    at = run.timesteps[6]
+    noisy = sampling.variance_preserving(pipe.scheduler, run.reference_latents, run.reference_noise, at)
+    with torch.no_grad():
+        sampling._find_subjects(run, noisy, at, [1], lambda: False)
+    found, figure = run.tokens[1].numpy(), fields.owners(drawn) > 0
+    assert (found & figure).sum() > 0.5 * (found | figure).sum()
