@@ -49,7 +49,8 @@ stage its part to start from (`--start-from {model}/unet`, `{model}/vae`, or the
 
 A latent is 48 numbers for 16 x 16 pixels: 16 principal components of the colours, and 32 that say what is shown
 there (whose patch it is, of what kind, in which clothes, where on the figure, in which place: `training/fields.py`).
-The components are exact by construction, the rest the encoder learns to read off pixels and the decoder to draw.
+The components are computed in closed form (to about 1 %), the rest the encoder learns to read off pixels and the
+decoder to draw.
 
 {history}
 
