@@ -22,7 +22,7 @@ PREVIEW_NAME = "StoryDiffusion preview"
 STORY_ANNOTATION = "storydiffusion/story"
 PICTURE_ANNOTATION = "storydiffusion/picture/"
 
-#: how often, and for how long, Krita is watched for activating a layer that was added
+#: how often, and for how long, Krita is watched for activating another layer when one was added or removed
 STAY_MS, STAY_SECONDS = 20, 0.6
 
 Rect = tuple[int, int, int, int]
@@ -135,7 +135,7 @@ class KritaDocument:
         self._application, self._document = application, document
         self._preview: Node | None = None
         self._previewed: set[Rect] = set()
-        self._staying, self._ours, self._stay_until = "", set[str](), 0.0
+        self._staying, self._ours, self._gone, self._stay_until = "", set[str](), False, 0.0
 
     def is_of(self, document: Document) -> bool:
         """Krita hands out a new wrapper every time; they are equal where the document is the same."""
@@ -182,33 +182,49 @@ class KritaDocument:
                 waiting += [(child, _id(node)) for child in node.childNodes()]
 
     def active_layer(self) -> str:
+        """The one the artist is on, also while Krita has wandered off from it because of us."""
+        active = self._active()
+        return self._staying if self._wandered(active) else active
+
+    def _active(self) -> str:
         node = self._document.activeNode()
         return _id(node) if node is not None else ""
 
     def activate(self, layer: str) -> None:
-        self._ours.clear()
+        self._forget_stay()
         node = self._node(layer)
         if node is not None:
             self._document.setActiveNode(node)
 
-    def _stay(self, added: Node) -> None:
-        """Krita activates a layer that was added, some turns later: the artist goes on where they were."""
-        if not self._ours:
-            self._staying = self.active_layer()
+    def _stay(self, added: Node | None = None) -> None:
+        """Krita activates a layer that was added, or (6) any other when one is removed, some turns later:
+        the artist goes on where they were. Called before a removal, after an addition."""
+        if not (self._ours or self._gone):
+            self._staying = self._active()
             QtCore.QTimer.singleShot(STAY_MS, self._return)
-        self._ours.add(_id(added))
+        if added is not None:
+            self._ours.add(_id(added))
+        else:
+            self._gone = True
         self._stay_until = time.monotonic() + STAY_SECONDS
 
+    def _wandered(self, active: str) -> bool:
+        return active != self._staying and (active in self._ours or self._gone)
+
     def _return(self) -> None:
-        late = time.monotonic() > self._stay_until
-        if self._ours and self.is_open() and self.active_layer() in self._ours:
+        if self.is_open() and self._wandered(self._active()):
             node = self._node(self._staying)
             if node is not None:
                 self._document.setActiveNode(node)
-        if late:
-            self._ours.clear()
-        elif self._ours:
+            self._gone = False  # once: the next one that is active is the artist's
+        if time.monotonic() > self._stay_until:
+            self._forget_stay()
+        elif self._ours or self._gone:
             QtCore.QTimer.singleShot(STAY_MS, self._return)
+
+    def _forget_stay(self) -> None:
+        self._ours.clear()
+        self._gone = False
 
     def create_panel(self, title: str) -> str:
         group = self._document.createGroupLayer(title)
@@ -364,8 +380,9 @@ class KritaDocument:
         found = [node for node in self._document.topLevelNodes() if node.name() == PREVIEW_NAME]
         if not found:
             return
-        if self.active_layer() in self._ours:  # removing it would activate any other
+        if self._active() in self._ours:  # removing it would activate any other
             self.activate(self._staying)
+        self._stay()
         modified = self._document.modified()
         for node in found:
             node.setVisible(False)

@@ -109,3 +109,20 @@ def test_every_word_of_the_evaluation_is_one_the_model_has_seen() -> None:
 
 def test_there_is_a_style_that_adds_no_words() -> None:
     assert load_styles()["none"].prompt == "{prompt}"
+
+
+def test_between_two_actions_hands_and_feet_are_on_their_way() -> None:
+    who = world.sample_character(random.Random(1))
+    poses = [world.pose(world.Figure(who, "sitting", 128, 236, 0.9, then="jumping", phase=t)) for t in (0.0, 0.5, 1.0)]
+    assert poses[0][0] == world.POSES["sitting"]
+    assert poses[2][0] == world.POSES["jumping"]
+    assert [drop for _, drop, _ in poses] == [22, 11, 0]
+    assert [lift for _, _, lift in poses] == [0, 15, 30]
+
+
+def test_who_is_moving_has_no_action_to_tell() -> None:
+    moving = [s for i in range(200) if (s := world.sample_scene(random.Random(i), "single")).cells[0].figures[0].moving]
+    assert 5 < len(moving) < 50
+    for one in moving:
+        assert "action" not in one.attributes()
+        assert "action" not in describe(one, random.Random(0)).stated

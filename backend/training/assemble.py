@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from training.common import MODEL
-from training.data import DATA
-from training.encode import CODE
 from training.unet import export
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     unet = UNet2DConditionModel.from_pretrained(args.model / "unet", torch_dtype=torch.float32)
     export(unet, args.model).to(dtype=torch.float16).save_pretrained(args.model)
-    shutil.copy(args.data / CODE, args.model / CODE)  # to go on from these weights, `encode` has to keep it
     size = sum(p.stat().st_size for p in args.model.rglob("*") if p.is_file())
     print(f"{args.model}: {size / 1e6:.1f} MB")
 

@@ -159,7 +159,7 @@ def describe(scene: Scene, rng: random.Random, stated: Collection[str] | None = 
         told -= {"time", "weather"}
     if cell.place in world.INDOORS:
         told.discard("weather")
-    if scene.framing == "close-up":
+    if scene.framing == "close-up" or figure.moving:
         told.discard("action")
     if scene.layout == "crowd":
         text = rng.choice(("a crowd of animals", "many animals"))

@@ -32,25 +32,24 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
 `build/runs/STAGE/state.pt` after a stop. On two CPU cores, in this order:
 
     pip install -e '.[plot]'
-    python -m training.data                  # draws 20,000 pictures
-    python -m training.encode                # the latent code, and the pictures in it
+    python -m training.data                  # draws 24,000 pictures
+    python -m training.encode                # the latents they are
     python -m training.clip text --minutes 4
     python -m training.unet --minutes {unet_minutes:.0f}
     python -m training.denoised              # what the U-Net makes of pictures, for the decoder
-    python -m training.vae decoder --minutes {decoder_minutes:.0f}
-    python -m training.vae encoder --start-from {model}/vae --minutes {encoder_minutes:.0f}
-    python -m training.clip vision --minutes 4
+    python -m training.vae decoder --coarse-minutes {coarse_minutes:.0f} --minutes {decoder_minutes:.0f}
+    python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
+    python -m training.clip vision --minutes {vision_minutes:.0f}
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
     python -m training.card
 
-To go on from these weights, keep their code (`python -m training.encode --code {model}/code.safetensors`) and give a
-stage its part to start from (`--start-from {model}/unet`, `{model}/vae`, or the probe's folder).
+To go on from these weights, give a stage its part to start from (`--start-from {model}/unet`, `{model}/vae`, or the
+probe's folder).
 
-A latent is 48 numbers for 16 x 16 pixels: 16 principal components of the colours, and 32 that say what is shown
-there (whose patch it is, of what kind, in which clothes, where on the figure, in which place: `training/fields.py`).
-The components are computed in closed form (to about 1 %), the rest the encoder learns to read off pixels and the
-decoder to draw.
+A latent is 51 numbers for 16 x 16 pixels: their mean colour, and 48 that say what is shown there (whose patch it is,
+of what kind, in which clothes, where on the figure, in which place and where in it: `training/fields.py`). The
+encoder learns to read them off pixels, the decoder to draw from them.
 
 {history}
 
@@ -134,9 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--evaluation", type=Path, default=MODEL / "evaluation.json")
-    parser.add_argument("--unet-minutes", type=float, default=115)
-    parser.add_argument("--encoder-minutes", type=float, default=16)
-    parser.add_argument("--decoder-minutes", type=float, default=30)
+    parser.add_argument("--unet-minutes", type=float, default=60)
+    parser.add_argument("--encoder-minutes", type=float, default=20)
+    parser.add_argument("--decoder-minutes", type=float, default=20)
+    parser.add_argument("--coarse-minutes", type=float, default=12)
+    parser.add_argument("--vision-minutes", type=float, default=8)
     parser.add_argument("--history", default="", help="how these weights came about, where not as above")
     parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
@@ -150,6 +151,8 @@ def main() -> None:
         unet_minutes=args.unet_minutes,
         encoder_minutes=args.encoder_minutes,
         decoder_minutes=args.decoder_minutes,
+        coarse_minutes=args.coarse_minutes,
+        vision_minutes=args.vision_minutes,
         history=args.history,
         figures=figures(args.evaluation),
         held_out=args.held_out,

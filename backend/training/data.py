@@ -73,7 +73,7 @@ class Pictures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--count", type=int, default=24_000)
     parser.add_argument("--folder", type=Path, default=DATA)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()

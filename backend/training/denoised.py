@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import captions, data
 from training.clip import tokenize
-from training.common import MODEL
+from training.common import MODEL, half_precision
 from training.encode import latents_path
 from training.unet import GUIDANCE, RESCALE, STEPS, scheduler
 
@@ -57,7 +57,8 @@ def main() -> None:
             timesteps = sampler.timesteps[rng.randrange(args.skip, args.steps) :]
             x = sampler.add_noise(x, torch.randn_like(x), timesteps[:1])
             for t in timesteps:
-                without, with_text = unet(torch.cat([x, x]), t, prompt_embeds).sample.chunk(2)
+                with half_precision():
+                    without, with_text = unet(torch.cat([x, x]), t, prompt_embeds).sample.float().chunk(2)
                 guided = without + args.guidance * (with_text - without)
                 x = sampler.step(rescale_noise_cfg(guided, with_text, RESCALE), t, x).prev_sample
             rows.append(x.half().numpy())

@@ -4,7 +4,9 @@ A small model learns colours of whole figures in minutes and shapes of hats in d
 over many tokens shows through any noise, a contour does not. So the latent code says what is drawn
 the way it says colours: every patch of a figure carries who it is (kind, hat, clothes, pattern,
 action, colours, which way it faces) as a constant codeword, and where on the figure it lies as a
-linear ramp; every patch says where and in what light the scene plays. The autoencoder's encoder
+linear ramp and as waves (a phase survives noise that would move a ramp by half a patch); every patch
+says where and in what light the scene plays and which part of the scene it is. Together they are the
+whole picture: it can be drawn from them. The autoencoder's encoder
 learns to read these maps off pixels, its decoder to draw from them (`training.vae`), and the U-Net
 has only smooth things left to make. The idea of latents that are taught what they show is that of
 VA-VAE (Yao and Wang, CVPR 2025) and REPA, here with the world's own truth in place of a large
@@ -63,10 +65,24 @@ SCENE_WORDS: dict[str, Array] = {
 }
 
 
+#: Wave lengths: on a figure in its own units, in a scene in pixels.
+FIGURE_WAVES = (72.0,)
+SCENE_WAVES = (128.0, 64.0)
+#: Channels that are no attribute's codeword: which way a figure faces; where on it a patch lies, from side to
+#: side and from hat to feet; whether it is a figure's; the staging; whether there is a mirror; where in its
+#: cell a patch lies.
+PLACES_IN_PICTURE = {
+    **{"facing": 1, "u": 1, "v": 1, "figure": 1},
+    **{"u_waves": 2 * len(FIGURE_WAVES), "v_waves": 2 * len(FIGURE_WAVES)},
+    **{"staging": 1, "mirror": 1, "x": 1, "y": 1},
+    **{"x_waves": 2 * len(SCENE_WAVES), "y_waves": 2 * len(SCENE_WAVES)},
+}
+
+
 def _layout() -> dict[str, slice]:
     slices, start = {}, 0
     sizes = {name: words.shape[1] for name, words in (FIGURE_WORDS | SCENE_WORDS).items()}
-    for name, size in (sizes | {"facing": 1, "u": 1, "v": 1, "figure": 1}).items():
+    for name, size in (sizes | PLACES_IN_PICTURE).items():
         slices[name] = slice(start, start + size)
         start += size
     return slices
@@ -86,31 +102,59 @@ def owners(scene: world.Scene) -> NDArray[np.int64]:
     return np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0) + 1, 0)
 
 
+def waves(position: Array, lengths: tuple[float, ...]) -> Array:
+    """Sine and cosine of `position` at each wave length: (2 * lengths, *position.shape)."""
+    phases = [2 * np.pi * position / length for length in lengths]
+    return np.stack([wave(phase) for phase in phases for wave in (np.sin, np.cos)]).astype(np.float32)
+
+
+def _draw_cell(cell: world.Cell, layout: str, window: Array) -> None:
+    """What the patches of one cell, (CHANNELS, rows, columns), say of their scene."""
+    if layout != "sheet":
+        for name, words in SCENE_WORDS.items():
+            if name != "weather" or cell.place not in world.INDOORS:
+                word: Array = words[world.ATTRIBUTES[name].index(getattr(cell, name))]
+                window[SLICES[name]] = word[:, None, None]
+        window[SLICES["staging"]] = 2 * (cell.seed % world.STAGINGS) / (world.STAGINGS - 1) - 1
+    window[SLICES["mirror"]] = float(layout == "mirror")
+    y, x = (np.mgrid[0 : window.shape[1], 0 : window.shape[2]] * PATCH + PATCH / 2).astype(np.float32)
+    for name, position in (("x", x), ("y", y)):
+        extent = PATCH * window.shape[2 if name == "x" else 1]
+        window[SLICES[name]] = 2 * position / extent - 1
+        window[SLICES[f"{name}_waves"]] = waves(position, SCENE_WAVES)
+
+
+def action_word(figure: world.Figure) -> Array:
+    """The codeword of an action; on the way from one to another, the mixture the pose is."""
+    words, names = FIGURE_WORDS["action"], world.ATTRIBUTES["action"]
+    word: Array = words[names.index(figure.action)]
+    return word + figure.phase * (words[names.index(figure.then)] - word) if figure.then else word
+
+
 def draw(scene: world.Scene) -> Array:
     """The fields of a scene: (CHANNELS, GRID, GRID)."""
     out = np.zeros((CHANNELS, GRID, GRID), np.float32)
     out[SLICES["figure"]] = -1
     columns, rows = (1, 1) if len(scene.cells) == 1 else (2, -(-len(scene.cells) // 2))
-    if scene.layout != "sheet":
-        for i, cell in enumerate(scene.cells):
-            top, left = i // columns * GRID // rows, i % columns * GRID // columns
-            window = out[:, top : top + GRID // rows, left : left + GRID // columns]
-            for name, words in SCENE_WORDS.items():
-                if name != "weather" or cell.place not in world.INDOORS:
-                    word: Array = words[world.ATTRIBUTES[name].index(getattr(cell, name))]
-                    window[SLICES[name]] = word[:, None, None]
+    for i, cell in enumerate(scene.cells):
+        top, left = i // columns * GRID // rows, i % columns * GRID // columns
+        _draw_cell(cell, scene.layout, out[:, top : top + GRID // rows, left : left + GRID // columns])
     seen = owners(scene)
-    y, x = np.mgrid[0:GRID, 0:GRID] * PATCH + PATCH / 2
+    y, x = (np.mgrid[0:GRID, 0:GRID] * PATCH + PATCH / 2).astype(np.float32)
     for n, (figure, x0, y0) in enumerate(world.figures(scene), 1):
         here = seen == n
-        traits = vars(figure.character) | {"action": figure.action}
+        traits = vars(figure.character)
         for name, words in FIGURE_WORDS.items():
-            if name != "hat_color" or figure.character.hat != "none":
-                word = words[world.ATTRIBUTES[name].index(traits[name])]
-                out[SLICES[name], here] = word[:, None]
+            if name == "action":
+                out[SLICES[name], here] = action_word(figure)[:, None]
+            elif name != "hat_color" or figure.character.hat != "none":
+                out[SLICES[name], here] = words[world.ATTRIBUTES[name].index(traits[name])][:, None]
+        across, down = (x - x0 - figure.x)[here] / figure.scale, (y - y0 - figure.y)[here] / figure.scale
         out[SLICES["facing"], here] = figure.facing
-        out[SLICES["u"], here] = ((x - x0 - figure.x) / (60 * figure.scale))[here]
-        out[SLICES["v"], here] = ((y - y0 - figure.y) / (120 * figure.scale) + 1)[here]
+        out[SLICES["u"], here] = across / 60
+        out[SLICES["v"], here] = down / 120 + 1
+        out[SLICES["u_waves"], here] = waves(across, FIGURE_WAVES)
+        out[SLICES["v_waves"], here] = waves(down, FIGURE_WAVES)
         out[SLICES["figure"], here] = 1
     return out
 

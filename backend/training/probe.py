@@ -1,8 +1,8 @@
 """Stage 4, the ruler: `python -m training.probe` trains a classifier that reads a picture's attributes.
 
-Trained on drawn single-character scenes only, mirrored, blurred, noised and linearly recoded at
-random so that it judges what is shown rather than how cleanly it is drawn. The product does not need
-it; `storydiffusion evaluate` and the tests do. Held-out accuracy is printed and saved beside it.
+Trained on drawn single-character scenes only, mirrored, blurred and noised at random so that it judges
+what is shown rather than how cleanly it is drawn. The product does not need it; `storydiffusion
+evaluate` and the tests do. Held-out accuracy is printed and saved beside it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import data, world
-from training.common import Training, load_tensors, save_tensors, training_options
-from training.encode import load_code, to_tensor
+from training.common import Training, channels_last, half_precision, load_tensors, save_tensors, training_options
+from training.encode import to_tensor
 
 PROBE = Path("resources/models/probe")
 INPUT = 128
@@ -84,15 +84,13 @@ def truth(scene: world.Scene, mirrored: bool) -> list[int]:
 
 @torch.no_grad()
 def load_singles(folder: Path) -> tuple[list[int], Tensor]:
-    """Numbers of the single-character scenes, and their pictures at half size as drawn and as the
-    linear code gives them back: (scenes, 2, 3, 128, 128) uint8."""
-    pictures, code = data.Pictures(folder), load_code(folder)
+    """Numbers of the single-character scenes, and their pictures at half size: (scenes, 3, 128, 128) uint8."""
+    pictures = data.Pictures(folder)
     numbers = [i for i in range(len(pictures)) if data.scene(i).layout == "single"]
-    out = torch.empty(len(numbers), 2, 3, INPUT, INPUT, dtype=torch.uint8)
+    out = torch.empty(len(numbers), 3, INPUT, INPUT, dtype=torch.uint8)
     for start in range(0, len(numbers), 50):
         x = to_tensor(np.stack([pictures[i] for i in numbers[start : start + 50]]))
-        for n, version in enumerate((x, code.decode(code.encode(x)).clamp(-1, 1))):
-            out[start : start + 50, n] = ((F.avg_pool2d(version, 2) + 1) * 127.5).round().byte()
+        out[start : start + 50] = ((F.avg_pool2d(x, 2) + 1) * 127.5).round().byte()
     return numbers, out
 
 
@@ -116,16 +114,18 @@ def train(args: argparse.Namespace) -> None:
     truths = torch.tensor([[truth(data.scene(i), mirrored) for mirrored in (False, True)] for i in numbers])
     torch.manual_seed(args.seed)
     probe = load_probe(args.start_from).train() if args.start_from else Probe()
+    channels_last(probe)
     training = Training("probe", probe, args, ema=0.99, weight_decay=0.05)
     rng = random.Random(training.seed)
     for _ in training:
         chosen = torch.tensor([rng.randrange(len(numbers)) for _ in range(args.batch)])
-        version = (torch.rand(args.batch) < 0.35).long()
         mirrored = bool(rng.random() < 0.5)
-        x = pictures[chosen, version].float() / 127.5 - 1
+        x = pictures[chosen].float() / 127.5 - 1
         target = truths[chosen, int(mirrored)]
         x = shifted(roughen(x.flip(-1) if mirrored else x), rng)
-        losses = [F.cross_entropy(logits, target[:, n], ignore_index=-100) for n, logits in enumerate(probe(x))]
+        with half_precision():
+            answers = probe(x.contiguous(memory_format=torch.channels_last))
+        losses = [F.cross_entropy(logits.float(), target[:, n], ignore_index=-100) for n, logits in enumerate(answers)]
         training.learn(torch.stack(losses).sum())
     training.finish()
     state = {k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}

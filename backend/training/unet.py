@@ -20,13 +20,16 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import captions, data, fields, vae, world
 from training.clip import WIDTH, tokenize
-from training.common import MODEL, Training, training_options
-from training.encode import CHANNELS, COMPONENTS, load_code
+from training.common import MODEL, Training, half_precision, training_options
+from training.encode import CHANNELS, COLORS
 from training.fields import GRID
 
 #: How pictures are made of it, here and in its preset.
@@ -98,6 +101,31 @@ def interest(scene: world.Scene) -> float:
     return 0.6 if scene.framing == "far" else 1.0
 
 
+#: Shapes of pictures, rows and columns of the grid, and how often each is learned: parts of the square ones.
+SHAPES = ((16, 16), (16, 12), (16, 10), (16, 8), (12, 16), (10, 16), (8, 16))
+SHAPE_ODDS = (70, 6, 4, 4, 7, 5, 4)
+
+
+def window(latents: NDArray[np.float16], shape: tuple[int, int], rng: random.Random) -> tuple[slice, slice]:
+    """The part of a picture's latents (CHANNELS, GRID, GRID) that is `shape`, around its figures."""
+    figure = latents[COLORS + fields.SLICES["figure"].start] > 0
+    window = []
+    for axis, size in enumerate(shape):
+        taken = figure.any(1 - axis).nonzero()[0]
+        middle = (taken[0] + taken[-1] + 1) / 2 if len(taken) else GRID / 2
+        start = min(max(round(middle - size / 2 + rng.uniform(-1.5, 1.5)), 0), GRID - size)
+        window.append(slice(start, start + size))
+    return window[0], window[1]
+
+
+def channel_weights() -> Tensor:
+    """What an error of each latent channel costs: (CHANNELS,). Where in the scene a patch lies is easy."""
+    weights = torch.ones(CHANNELS)
+    for name in ("x", "y", "x_waves", "y_waves"):
+        weights[COLORS:][fields.SLICES[name]] = 0.3
+    return weights
+
+
 SAMPLE_PROMPTS = (
     "a red rabbit in a blue striped dress and a green top hat is walking in the forest by day",
     "a white cat wearing a yellow coat and a purple crown is waving in the city at night",
@@ -128,7 +156,8 @@ def export(unet: UNet2DConditionModel, folder: Path) -> StableDiffusionPipeline:
 
 
 def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guidance: float = GUIDANCE) -> None:
-    """A contact sheet of fixed prompts and seeds, to be looked at; decoded linearly."""
+    """A contact sheet of fixed prompts and seeds, to be looked at: drawn by the decoder where there is one
+    that speaks these latents, else their mean colours."""
     pipe = export(unet, args.out)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe(
@@ -139,7 +168,12 @@ def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guida
         output_type="latent",
         generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
     ).images
-    images = load_code(args.data).decode(latents).permute(0, 2, 3, 1).numpy().clip(-1, 1)
+    if (args.out / "vae" / "config.json").exists() and pipe.vae.config.latent_channels == CHANNELS:
+        with torch.no_grad():
+            drawn = pipe.vae.eval().decode(latents).sample
+    else:
+        drawn = F.interpolate(latents[:, :COLORS], scale_factor=fields.PATCH, mode="nearest")
+    images = drawn.permute(0, 2, 3, 1).numpy().clip(-1, 1)
     rows = [np.concatenate(list(images[i : i + 4]), 1) for i in (0, 4)]
     cv2.imwrite(str(path), ((np.concatenate(rows) + 1) * 127.5).round()[..., ::-1])
 
@@ -164,7 +198,7 @@ def told(unet: UNet2DConditionModel, args: argparse.Namespace, count: int = 40) 
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
         ).images
         for z, caption, scene in zip(latents, chunk, scenes[start : start + 20], strict=True):
-            seen, truth = fields.read(z[COMPONENTS:].numpy()), scene.attributes()
+            seen, truth = fields.read(z[COLORS:].numpy()), scene.attributes()
             for name in caption.stated & seen.keys() & truth.keys():
                 right.setdefault(name, []).append(seen[name] == truth[name])
     shares = {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
@@ -179,13 +213,15 @@ def train(args: argparse.Namespace) -> None:
     unet = (
         UNet2DConditionModel.from_pretrained(args.start_from, torch_dtype=torch.float32) if args.start_from else build()
     )
+    # on CPU the plain products of matrices are faster in training than SDPA's kernel: its backward pass
+    unet.set_attn_processor(AttnProcessor())
     training = Training("unet", unet, args, ema=0.999, warmup=200, log_every=50, adam=0.5, weight_decay=0.01)
     rng = random.Random(training.seed)
-    latents = np.concatenate([np.load(p) for p in sorted(args.data.glob("latents-*.npy"))])
+    latents: NDArray[np.float16] = np.concatenate([np.load(p) for p in sorted(args.data.glob("latents-*.npy"))])
     scenes = [data.scene(i) for i in range(len(latents))]
     weights = torch.stack([spatial_weight(scene) for scene in scenes])
     odds = list(itertools.accumulate(map(interest, scenes)))
-    per_channel = load_code(args.data).channel_weights().view(1, -1, 1, 1)
+    per_channel = channel_weights().view(1, -1, 1, 1)
     noise_schedule = scheduler()
     # velocity's weight, 1 / (1 - abar), bounded: the cleanest steps would drown the others
     importance = (1 / (1 - noise_schedule.alphas_cumprod)).clamp(max=5)
@@ -199,7 +235,11 @@ def train(args: argparse.Namespace) -> None:
 
     for step in training:
         numbers = rng.choices(range(len(latents)), cum_weights=odds, k=args.batch)
-        x0 = torch.from_numpy(latents[numbers]).float()
+        shape = rng.choices(SHAPES, SHAPE_ODDS)[0]
+        windows = [window(latents[i], shape, rng) for i in numbers]
+        x0 = torch.stack([torch.from_numpy(latents[i][:, y, x]) for i, (y, x) in zip(numbers, windows, strict=True)])
+        x0 = x0.float()
+        weight = torch.stack([weights[i][y, x] for i, (y, x) in zip(numbers, windows, strict=True)])
         ids = tokenize(tokenizer, [captions.describe(scenes[i], rng).text for i in numbers])
         ids[torch.rand(len(numbers)) < 0.1] = uncond[0]
         with torch.no_grad():
@@ -209,9 +249,10 @@ def train(args: argparse.Namespace) -> None:
         u = (torch.arange(len(numbers)) + torch.rand(len(numbers))) / len(numbers)
         timesteps = (u * 1000).long().clamp(max=999)
         noisy = noise_schedule.add_noise(x0, noise, timesteps)
-        predicted = unet(noisy, timesteps, prompt_embeds).sample
-        errors = (predicted - x0).square() * importance[timesteps].view(-1, 1, 1, 1) * per_channel
-        training.learn((errors.mean(1) * weights[numbers]).mean())
+        with half_precision():
+            predicted = unet(noisy, timesteps, prompt_embeds).sample
+        errors = (predicted.float() - x0).square() * importance[timesteps].view(-1, 1, 1, 1) * per_channel
+        training.learn((errors.mean(1) * weight).mean())
         if training.budget.spent - last_show > args.show_every:
             show(averaged(), args, training.run.folder / f"samples-{step:06d}.png")
             print({name: round(share, 2) for name, share in told(averaged(), args).items()}, flush=True)

@@ -88,7 +88,7 @@ CHARACTER_ATTRIBUTES = (
 )
 
 #: Each place is staged in this many ways (where the sun, the barn, the window, the books are).
-STAGINGS = 4
+STAGINGS = 2
 
 OUTLINE = "#3b2b33"
 Part = Literal["fur", "clothes", "hat", "other"]
@@ -109,14 +109,25 @@ class Character:
 
 @dataclass(frozen=True)
 class Figure:
-    """A character drawn somewhere: feet at (x, y) pixels, `scale` pixels a figure unit."""
+    """A character drawn somewhere: feet at (x, y) pixels, `scale` pixels a figure unit.
+
+    `phase` is how far it is on the way from `action` to the action `then`, 0 to 1; `facing` is -1 (left)
+    to 1 (right), and in between while it turns.
+    """
 
     character: Character
     action: str
     x: float
     y: float
     scale: float
-    facing: int = 1
+    facing: float = 1
+    then: str = ""
+    phase: float = 0.0
+
+    @property
+    def moving(self) -> bool:
+        """Whether it is seen between two actions or in a turn."""
+        return bool(self.then) or abs(self.facing) < 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,7 @@ class Scene:
         truth |= {"framing": self.framing, "position": self.position}
         if cell.place not in INDOORS:
             truth["weather"] = cell.weather
-        if self.framing == "close-up":
+        if self.framing == "close-up" or figure.moving:
             del truth["action"]
         if figure.character.hat == "none":
             del truth["hat_color"]
@@ -206,8 +217,27 @@ def single(
     return Scene("single", (_cell(rng, [figure], place),), framing, position)
 
 
+#: Share of the pictures that show somebody between two actions, or turning.
+MOVING = 0.1
+
+
 def sample_scene(rng: random.Random, layout: str = "") -> Scene:
-    """A random picture; about half hold one character once, the rest repeat or mix characters."""
+    """A random picture; about half hold one character once, the rest repeat or mix characters. Some
+    catch their first figure in a movement."""
+    scene = _at_rest(rng, layout)
+    if rng.random() >= MOVING or scene.layout in ("mirror", "crowd"):
+        return scene
+    cell = scene.cells[0]
+    figure = cell.figures[0]
+    if rng.random() < 0.75:
+        figure = dataclasses.replace(figure, then=rng.choice(ACTIONS), phase=rng.random())
+    else:
+        figure = dataclasses.replace(figure, facing=rng.choice((-1, 1)) * rng.uniform(0.2, 0.9))
+    cell = dataclasses.replace(cell, figures=(figure, *cell.figures[1:]))
+    return dataclasses.replace(scene, cells=(cell, *scene.cells[1:]))
+
+
+def _at_rest(rng: random.Random, layout: str) -> Scene:
     layout = layout or rng.choices(LAYOUTS, (50, 17, 4, 14, 3, 3, 8, 1))[0]
     who = sample_character(rng)
     if layout == "single":
@@ -502,12 +532,24 @@ POSES: dict[str, tuple[tuple[float, float], ...]] = {
 }
 
 
+#: How far the body sinks (the feet stay), and how far the whole figure is lifted, figure units.
+DROP = {"sitting": 22.0}
+LIFT = {"jumping": 30.0}
+
+
+def pose(figure: Figure) -> tuple[tuple[tuple[float, float], ...], float, float]:
+    """Hands and feet as in `POSES`, how far the body sinks and how far the figure is lifted."""
+    a, b, t = figure.action, figure.then or figure.action, figure.phase
+    joints = tuple((x + t * (u - x), y + t * (v - y)) for (x, y), (u, v) in zip(POSES[a], POSES[b], strict=True))
+    drop, lift = (of.get(a, 0) + t * (of.get(b, 0) - of.get(a, 0)) for of in (DROP, LIFT))
+    return joints, drop, lift
+
+
 def figure_svg(figure: Figure, paint: Paint) -> str:
     """The figure as SVG in picture coordinates."""
     who, p = figure.character, paint
-    left, right, foot_l, foot_r = POSES[figure.action]
-    drop = 22 if figure.action == "sitting" else 0  # the body sinks, the feet stay
-    lift = 30 if figure.action == "jumping" else 0
+    (left, right, foot_l, foot_r), drop, lift = pose(figure)
+    reading = (figure.then if figure.then and figure.phase >= 0.5 else figure.action) == "reading"
     sleeves = who.clothes in ("shirt", "coat")
     legs_dressed = who.clothes == "overalls"
 
@@ -548,7 +590,7 @@ def figure_svg(figure: Figure, paint: Paint) -> str:
             + _path("M-24 -96 L0 -78 L24 -96 L14 -100 L-14 -100Z", p.fill("other", "#fffaf0"))
         )
     book = ""
-    if figure.action == "reading":
+    if reading:
         book = _path("M0 -64 L-30 -74 V-44 L0 -34 L30 -44 V-74 Z M0 -64 V-34", p.fill("other", "#fff3d0"))
     over = left[1] < -80  # raised arms lie behind the head, lowered ones before the body
     arms_back = (arm(-1, left) if over else "") + (arm(1, right) if right[1] < -80 else "")
@@ -557,15 +599,15 @@ def figure_svg(figure: Figure, paint: Paint) -> str:
         _tail(who, p)
         + arms_back
         + body
-        + (_scarf(p) if who.hat == "scarf" and figure.action != "reading" else "")
-        + (book + arms_front if figure.action == "reading" else arms_front)
+        + (_scarf(p) if who.hat == "scarf" and not reading else "")
+        + (book + arms_front if reading else arms_front)
     )
-    if who.hat == "scarf" and figure.action == "reading":
+    if who.hat == "scarf" and reading:
         upper += _path("M-44 -104 Q0 -78 44 -104 L44 -88 Q0 -62 -44 -88Z", p.fill("hat", p.hat))
     head = _ears(who, p) + _head(who, p) + _hat(who, p)
     legs = leg(-1, foot_l) + leg(1, foot_r)
     move = f"translate({figure.x:.2f} {figure.y:.2f}) scale({figure.scale * figure.facing:.4f} {figure.scale:.4f})"
-    if figure.action == "sitting":
+    if drop:
         inner = f'<g transform="translate(0 {drop})">{upper}</g>{legs}<g transform="translate(0 {drop})">{head}</g>'
     else:
         inner = legs + upper + head
@@ -623,8 +665,9 @@ def _sky(cell: Cell, rng: random.Random, w: float, h: float) -> str:
         else:
             sky += _ellipse(side, 42, 19, 19, 'fill="#fbf3c8"') + _ellipse(side + 9, 36, 16, 16, f'fill="{top}"')
     if cell.time == "night" and cell.weather != "rain":
+        stars = random.Random("stars")  # one sky of stars, one shower: a place is as often seen as it can be
         for _ in range(14):
-            sky += _ellipse(round(rng.uniform(0, w)), round(rng.uniform(4, 110)), 1.7, 1.7, 'fill="#fff8d8"')
+            sky += _ellipse(round(stars.uniform(0, SIZE)), round(stars.uniform(4, 110)), 1.7, 1.7, 'fill="#fff8d8"')
     cloud = {"clear": "#ffffff", "rain": "#6d7688", "snow": "#e4ebf4"}[cell.weather]
     cloud = mix(cloud, TINT_COLOR[cell.time], TINT[cell.time] * 0.7)
     spots = {"clear": 2, "rain": 5, "snow": 3}[cell.weather]
@@ -821,16 +864,15 @@ def _indoors(cell: Cell, rng: random.Random, w: float, h: float) -> str:
     return out
 
 
-def _weather(cell: Cell, rng: random.Random, w: float, h: float) -> str:
+def _weather(cell: Cell) -> str:
     if cell.place in INDOORS or cell.weather == "clear":
         return ""
-    area = w * h / 65536
+    rng = random.Random(cell.weather)
     if cell.weather == "rain":
-        d = "".join(f"M{rng.uniform(0, w):.0f} {rng.uniform(0, h):.0f}l-6 20" for _ in range(round(40 * area)))
+        d = "".join(f"M{rng.uniform(0, SIZE):.0f} {rng.uniform(0, SIZE):.0f}l-6 20" for _ in range(40))
         return _path(d, 'fill="none" stroke="#dcecfa" stroke-width="2.4" opacity=".75" stroke-linecap="round"')
     return "".join(
-        _ellipse(round(rng.uniform(0, w)), round(rng.uniform(0, h)), 4, 4, 'fill="#ffffff"')
-        for _ in range(round(40 * area))
+        _ellipse(round(rng.uniform(0, SIZE)), round(rng.uniform(0, SIZE)), 4, 4, 'fill="#ffffff"') for _ in range(40)
     )
 
 
@@ -851,7 +893,7 @@ def cell_svg(cell: Cell, w: float, h: float, layout: str = "single") -> str:
             '<path d="M150 90 L190 40 M152 120 L222 40" stroke="#ffffff" stroke-width="6" opacity=".6"/>'
         )
     if layout != "sheet":  # behind the figures: they stay readable
-        out += _weather(cell, rng, w, h)
+        out += _weather(cell)
     defs = ""
     for i, figure in enumerate(cell.figures):
         paint = Paint(figure.character, f"p{cell.seed}_{i}")

@@ -388,3 +388,24 @@ def test_alpha_survives_the_way_there_and_lies_on_white_in_a_sheet(application: 
     assert pictures.on_white(clear).pixelColor(0, 0).name() == "#ffffff"
     with pytest.raises(ValueError):
         pictures.decode(b"no picture")
+
+
+def test_krita_moving_to_another_layer_when_one_is_removed_does_not_move_the_artist(document: Any) -> None:
+    """Krita 6 activates the topmost layer some turns after a removal."""
+    adapter, krita = document
+    krita.application.opened = [krita]
+    mine, top, third = (Node(name, "paintlayer") for name in ("mine", "top", "third"))
+    for node in (mine, top, third):
+        krita.root.addChildNode(node, None)
+    krita.active = mine
+    adapter.show_preview(painted("#111111"), RECT)
+    adapter.remove_previews()
+    turns(0.03)
+    krita.active = top
+    assert adapter.active_layer() == mine.uniqueId().toString(), "the docker would follow Krita there"
+    turns(0.1)
+    assert krita.active is mine
+    krita.active = third  # what the artist does next holds
+    turns(0.1)
+    assert krita.active is third
+    assert adapter.active_layer() == third.uniqueId().toString()
