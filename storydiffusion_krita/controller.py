@@ -44,7 +44,7 @@ class Controller:
     ) -> None:
         self.document, self._desk, self._defer, self._sheet, self._clock = document, desk, defer, sheet, clock
         self.story, self.readonly = Story(), False
-        self.model_size = (256, 256)
+        self.model_size, self.model_longest = (256, 256), 0
         self.previews = True
         self.selected: list[str] = []
         self.notice = ""
@@ -341,7 +341,7 @@ class Controller:
                 self.story,
                 here,
                 key=key,
-                size=orders.size_for((rect[2], rect[3]), self.model_size),
+                size=orders.size_for((rect[2], rect[3]), self.model_size, self.model_longest),
                 pictures={panel.id: read[panel.id] for panel in sources if panel.id in read},
                 sheets={name: data for name, data in sheets.items() if data},
                 variations=variations,

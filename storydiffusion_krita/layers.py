@@ -134,6 +134,7 @@ class KritaDocument:
     def __init__(self, application: Application, document: Document) -> None:
         self._application, self._document = application, document
         self._preview: Node | None = None
+        self._before_preview = ""
         self._previewed: set[Rect] = set()
         self._staying, self._ours, self._gone, self._stay_until = "", set[str](), False, 0.0
 
@@ -365,6 +366,7 @@ class KritaDocument:
         modified = self._document.modified()
         node = self._preview
         if node is None or node.parentNode() is None:
+            self._before_preview = self.active_layer()
             node = self._preview = self._document.createNode(PREVIEW_NAME, "paintlayer")
             node.setLocked(True)
             self._document.rootNode().addChildNode(node, None)
@@ -380,8 +382,8 @@ class KritaDocument:
         found = [node for node in self._document.topLevelNodes() if node.name() == PREVIEW_NAME]
         if not found:
             return
-        if self._active() in self._ours:  # removing it would activate any other
-            self.activate(self._staying)
+        if self._active() in [_id(node) for node in found]:  # removing it would activate any other
+            self.activate(self._before_preview)
         self._stay()
         modified = self._document.modified()
         for node in found:

@@ -34,8 +34,9 @@ class Order(Generic[Picture]):
     variations: Mapping[str, int] = field(default_factory=dict)
 
 
-def size_for(canvas: tuple[int, int], model: tuple[int, int]) -> tuple[int, int]:
-    """The size on every model's grid that is nearest to the canvas' shape and the pixels the model was trained at.
+def size_for(canvas: tuple[int, int], model: tuple[int, int], longest: int = 0) -> tuple[int, int]:
+    """The size on every model's grid that is nearest to the canvas' shape and the pixels the model was trained at,
+    with no side over `longest` if that is given.
 
     What is left of a difference in shape is cropped, not stretched (see `pictures.padded`).
     """
@@ -46,7 +47,7 @@ def size_for(canvas: tuple[int, int], model: tuple[int, int]) -> tuple[int, int]
         shape, area = log(width / height / aspect), log(width * height / (model[0] * model[1]))
         return 4 * abs(shape) + abs(area)
 
-    sides = range(GRID, 2048 + 1, GRID)
+    sides = range(GRID, (longest or 2048) + 1, GRID)
     return min(((w, h) for w in sides for h in sides if 1 / 5 < w / h < 5), key=cost)
 
 

@@ -178,6 +178,7 @@ class Studio(QtCore.QObject):
         for one in self._models:
             if one["id"] == controller.story.model:
                 controller.model_size = (one["width"], one["height"])
+                controller.model_longest = one.get("longest", 0)  # a backend of before has none
 
     def _act(self, action: str) -> None:
         calls = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from training import data, fields, unet, vae
-from training.common import MuonAndAdam, Training
+from training.common import MuonAndAdam, Training, channels_last
 from training.encode import CHANNELS, COLORS, colors
 
 
@@ -65,9 +65,12 @@ def test_what_is_left_behind_is_the_average() -> None:
     assert all(torch.equal(value, training.ema.shadow[name]) for name, value in module.state_dict().items())
 
 
-def test_muon_has_the_matrices_and_adam_the_rest_and_what_is_frozen_stays() -> None:
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_muon_has_the_matrices_and_adam_the_rest_and_what_is_frozen_stays(layout: str) -> None:
     module = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(1, 8), nn.Conv2d(8, 3, 1))
     module[1].requires_grad_(False)
+    if layout == "last":
+        channels_last(module)
     optimizer = MuonAndAdam(module, 0.1)
     assert [tuple(m.shape) for m in optimizer.matrices] == [(8, 36)]
     before = [p.clone() for p in module.parameters()]
@@ -146,3 +149,18 @@ def test_parts_of_a_picture_hold_its_figure(shape: tuple[int, int]) -> None:
         figure = shown[fields.SLICES["figure"]][0] > 0
         assert figure[y, x].shape == shape
         assert figure[y, x].sum() > 0.4 * figure.sum()
+
+
+def test_how_a_kernel_lies_in_memory_does_not_change_what_it_learns() -> None:
+    learned = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        module = nn.Conv2d(4, 8, 3).to(memory_format=layout)  # type: ignore[call-overload]
+        x = torch.randn(2, 4, 8, 8)
+        optimizer = MuonAndAdam(module, 0.1)
+        for _ in range(3):
+            module.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step(1.0)
+        learned.append(module.weight.detach().clone())
+    assert torch.allclose(*learned, atol=1e-3)

@@ -342,16 +342,21 @@ FINISHED_AT = 0.65
 
 def _find_subjects(run: _Run, latents: Tensor, timestep: Tensor, rows: Sequence[int], cancel: Cancel) -> None:
     """Which tokens of `rows` are their characters': where naming them changes what is predicted."""
-    for row, one in zip(rows, latents.split(1), strict=True):
-        if run.sceneries[row] is None or row in run.given_tokens:
-            continue
+    sought = [
+        (row, one)
+        for row, one in zip(rows, latents, strict=True)
+        if run.sceneries[row] is not None and row not in run.given_tokens
+    ]
+    for i in range(0, len(sought), run.settings.chunk):
         stop_if(cancel)
-        named, unnamed = _unet(run, one, timestep, [row], (1, 2))[:, 0]
-        change = (named - unnamed).square().mean(0).sqrt().cpu().numpy()
-        levels = (255 * change / max(float(change.max()), 1e-8)).astype(np.uint8)
-        _, found = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
-        if found.any():
-            run.tokens[row] = torch.from_numpy(found > 0)
+        chunk = sought[i : i + run.settings.chunk]
+        model_input = torch.stack([one for _, one in chunk])
+        named, unnamed = _unet(run, model_input, timestep, [row for row, _ in chunk], (1, 2))
+        for (row, _), change in zip(chunk, (named - unnamed).square().mean(1).sqrt().cpu().numpy(), strict=True):
+            levels = (255 * change / max(float(change.max()), 1e-8)).astype(np.uint8)
+            _, found = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+            if found.any():
+                run.tokens[row] = torch.from_numpy(found > 0)
 
 
 def _tokens_of(run: _Run, names: Mapping[str, int]) -> dict[str, Tensor]:

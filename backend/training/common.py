@@ -78,6 +78,11 @@ class Ema:
                 self.shadow[name].copy_(value)
 
 
+def _as_matrix(kernel: Tensor, channels_last: bool) -> Tensor:
+    """A kernel (out, in[, h, w]) as a matrix (out, everything else); its own storage where it is laid out so."""
+    return (kernel.permute(0, 2, 3, 1) if channels_last else kernel).reshape(len(kernel), -1)
+
+
 class MuonAndAdam:
     """torch's Muon (Jordan et al. 2024) on convolutions and linear maps, seen as matrices
     (out, everything else), AdamW on the rest and on what is too thin to have directions."""
@@ -89,7 +94,10 @@ class MuonAndAdam:
         learning = [p for p in module.parameters() if p.requires_grad]
         self.kernels = [p for p in learning if muon and p.ndim in (2, 4) and min(p.shape[:2]) > 3]
         ids = {id(p) for p in self.kernels}
-        self.matrices = [nn.Parameter(p.data.view(len(p), -1)) for p in self.kernels]  # same storage
+        #: laid out with channels last, the matrix that shares a kernel's storage has its columns in that order
+        self.last = [p.ndim == 4 and not p.is_contiguous() for p in self.kernels]
+        matrices = [_as_matrix(p.data, last) for p, last in zip(self.kernels, self.last, strict=True)]
+        self.matrices = [nn.Parameter(matrix) for matrix in matrices]
         rest = [p for p in learning if id(p) not in ids]
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if self.matrices:
@@ -99,8 +107,8 @@ class MuonAndAdam:
 
     def step(self, scale: float) -> None:
         """One step at `scale` times the peak learning rates."""
-        for kernel, matrix in zip(self.kernels, self.matrices, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.view_as(matrix)
+        for kernel, matrix, last in zip(self.kernels, self.matrices, self.last, strict=True):
+            matrix.grad = None if kernel.grad is None else _as_matrix(kernel.grad, last)
         for optimizer, lr in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale

@@ -324,7 +324,8 @@ def train_encoder(args: argparse.Namespace) -> None:
         latents[:, :COLORS] = colors(x)
         with half_precision():
             with torch.no_grad():
-                features = linear_levels(vae, x)
+                # torch 2.13's GroupNorm breaks down in its backward pass on the channels-last layout of pictures
+                features = linear_levels(vae, x).contiguous()
             read = read_tail(vae, features).float()
         parts = (read.detach() - latents).square().mean((0, 2, 3))
         training.learn(

@@ -40,7 +40,7 @@ def missing() -> list[str]:
 def screen() -> Iterator[str]:
     """An X server that nobody sees; its display."""
     read, write = os.pipe()
-    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1600x1000x24", "-nolisten", "tcp"]
+    words = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1600x1000x24", "-nolisten", "tcp", "-noreset"]
     with subprocess.Popen(words, pass_fds=[write], stderr=subprocess.DEVNULL) as server:
         try:
             os.close(write)

@@ -11,7 +11,7 @@ from PyQt6.QtCore import QCoreApplication
 from PyQt6.QtGui import QColor, QImage
 
 from storydiffusion_krita import pictures
-from storydiffusion_krita.layers import PREVIEW_NAME, KritaDocument
+from storydiffusion_krita.layers import PREVIEW_NAME, STAY_SECONDS, KritaDocument
 
 SIZE = 8
 
@@ -326,6 +326,22 @@ def test_a_preview_that_goes_does_not_move_the_artist(document: Any) -> None:
     adapter.show_preview(painted(), RECT)
     krita.active = krita.root.children[-1]
     adapter.remove_previews()
+    assert krita.active is mine
+
+
+def test_a_preview_that_krita_activated_late_goes_without_moving_the_artist(document: Any) -> None:
+    adapter, krita = document
+    krita.application.opened = [krita]
+    mine, top = Node("mine", "paintlayer"), Node("top", "paintlayer")
+    krita.root.addChildNode(mine, None)
+    krita.root.addChildNode(top, None)
+    krita.active = mine
+    adapter.show_preview(painted(), RECT)
+    turns(STAY_SECONDS + 0.1)
+    krita.active = krita.root.children[-1]  # a busy Krita does this when nobody watches any more
+    adapter.remove_previews()
+    krita.active = top
+    turns(0.1)
     assert krita.active is mine
 
 

@@ -112,3 +112,11 @@ def test_sizes_lie_on_every_models_grid_near_its_area_and_the_canvas_shape(
 def test_the_models_own_shape_is_its_own_size() -> None:
     assert orders.size_for((512, 512), (256, 256)) == (256, 256)
     assert orders.size_for((832, 1216), (832, 1216)) == (832, 1216)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "size"),
+    [((512, 512), (256, 256)), ((1600, 1200), (256, 192)), ((1000, 2000), (128, 256)), ((4000, 500), (256, 64))],
+)
+def test_a_model_that_knows_no_longer_sides_is_asked_for_none(canvas: tuple[int, int], size: tuple[int, int]) -> None:
+    assert orders.size_for(canvas, (256, 256), 256) == size

@@ -39,6 +39,8 @@ class Preset:
         notes: a sentence or two for the artist.
         fp16: the hub keeps half-precision files beside the full ones.
         verified: the revision is a commit confirmed to be this model's.
+        longest: no side of a picture may be longer, in pixels; 0 where the area alone counts. The embedded
+            model knows parts of its square, but nothing wider.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Preset:
     revision: str = ""
     fp16: bool = False
     verified: bool = True
+    longest: int = 0
 
     def __post_init__(self) -> None:
         pinned = self.embedded if not self.revision else bool(COMMIT.fullmatch(self.revision))

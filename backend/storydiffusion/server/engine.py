@@ -165,7 +165,7 @@ class Engine:
         """Every model offered, with how it would run on this machine as it is now."""
         from storydiffusion.models import load_catalogue
 
-        views = [self._view(p.id, p.title, p.family, p.size, p.steps, p.guidance_scale, p.licence, p.notes)
+        views = [self._view(p.id, p.title, p.family, p.size, p.steps, p.guidance_scale, p.licence, p.notes, p.longest)
                  for p in load_catalogue().values()]  # fmt: skip
         extra = [self._view(name, name, "custom", (512, 512), 25, 7.0, "", "") for name in self._extra]
         return [*views, *extra]
@@ -180,6 +180,7 @@ class Engine:
         guidance_scale: float,
         licence: str,
         notes: str,
+        longest: int = 0,
     ) -> ModelView:
         view = ModelView(
             id=model,
@@ -187,6 +188,7 @@ class Engine:
             family=family,
             width=size[0],
             height=size[1],
+            longest=longest,
             steps=steps,
             guidance_scale=guidance_scale,
             licence=licence,

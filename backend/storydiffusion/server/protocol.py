@@ -193,13 +193,15 @@ class PlacementView(Wire):
 
 class ModelView(Wire):
     """A model by name. `fits` is null where its size is not known; `failure` says why it cannot be used
-    now, `placement` how it would run. Of a model that is not installed both are an estimate."""
+    now, `placement` how it would run. Of a model that is not installed both are an estimate. `longest`: no
+    side of a picture should be longer (0: only the area counts)."""
 
     id: str
     title: str
     family: str
     width: int
     height: int
+    longest: int = 0
     steps: int
     guidance_scale: float
     licence: str
