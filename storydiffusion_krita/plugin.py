@@ -26,16 +26,47 @@ def studio() -> Studio:
         folder = data_folder()
         use_language(load_settings(folder).language or QtCore.QLocale().name())
         _studio = Studio(Krita.instance(), folder, HERE / "backend")
+        _studio.docker.document_asked.connect(lambda: _trigger("file_new"))
     return _studio
 
 
 class StoryDockWidget(DockWidget):  # type: ignore[misc]
+    """Krita makes one for every main window. There is one story docker, and it is where the artist is."""
+
     def __init__(self) -> None:
         super().__init__()
-        one = studio()
         self.setWindowTitle(tr("Story"))
-        self.setWidget(one.docker)
-        one.docker.document_asked.connect(lambda: _trigger("file_new"))
+        self._take()
+
+    def _take(self) -> None:
+        """Have the story docker here, and in the window that had it a word about where it is."""
+        docker = studio().docker
+        before = docker.parent()
+        if before is self:
+            return
+        if isinstance(before, QtWidgets.QDockWidget):
+            words = QtWidgets.QLabel(tr("The story is shown in another window. Click here to have it in this one."))
+            words.setWordWrap(True)
+            words.setMargin(12)
+            before.setWidget(words)
+        left = self.widget()
+        self.setWidget(docker)
+        docker.show()
+        if left is not None:
+            left.deleteLater()
+
+    def _release(self) -> None:
+        """The story docker outlives the window it is in."""
+        if self.widget() is studio().docker:
+            studio().docker.setParent(None)
+
+    def event(self, event: QtCore.QEvent) -> bool:
+        kind, types = event.type(), QtCore.QEvent.Type
+        if kind == types.WindowActivate or (kind == types.Show and studio().docker.parent() is None):
+            self._take()
+        elif kind == types.Hide and not event.spontaneous() and not self.window().isVisible():
+            self._release()
+        return bool(super().event(event))
 
     def canvasChanged(self, canvas: Any) -> None:  # noqa: N802
         studio().poll()

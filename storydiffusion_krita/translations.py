@@ -93,6 +93,7 @@ JAPANESE = {
     "{title} (not installed)": "{title} (未インストール)",
     "Panel {number}": "コマ {number}",
     "Take {number}": "テイク {number}",
+    "The story is shown in another window. Click here to have it in this one.": "ストーリーは別のウィンドウに表示されています。ここをクリックすると、このウィンドウに移ります。",
     "Show the Story docker": "ストーリードッカーを表示",
     "Story: generate": "ストーリー: 生成",
     "Story: this panel again": "ストーリー: このコマをもう一度",
