@@ -42,11 +42,12 @@ common = settings(
 
 
 @pytest.fixture(scope="module")
-def fuzzed() -> Iterator[tuple[Client, Server]]:
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Server]]:
     """A server that is checked, after all requests, for what they left behind."""
     script = Script()
     script.gate.set()
-    files = set(os.listdir(tempfile.gettempdir()))
+    temporary = tmp_path_factory.mktemp("temporary")  # this process's own: others may leave files in the shared one
+    shared, tempfile.tempdir = tempfile.tempdir, str(temporary)
     open_files = count_open_files()
     with serving(script, limits=Limits(queued=1_000_000, remembered=1_000_000)) as (client, server):
         yield client, server
@@ -55,8 +56,8 @@ def fuzzed() -> Iterator[tuple[Client, Server]]:
         assert len(views) == len(server.jobs._jobs)
         assert {view.state for view in views} <= {"finished", "cancelled"}, "a job was lost or failed"
         assert client.get("/health").json["status"] == "ok"
-    left = set(os.listdir(tempfile.gettempdir())) - files
-    assert not {name for name in left if not name.startswith("pytest")}, "requests left files behind"
+    tempfile.tempdir = shared
+    assert os.listdir(temporary) == [], "requests left files behind"
     assert count_open_files() <= open_files + 8, "requests left files open"
 
 
