@@ -22,6 +22,9 @@ from .story_state import Character, Panel, Story, Take
 from .texts import tr
 
 THUMBNAIL = 128
+#: No preview goes into the document for this long after a save began: Krita 6 turns its event loop before it
+#: takes what it writes, and one that arrives then would be in the file.
+SAVING_SECONDS = 3.0
 
 
 class Controller:
@@ -59,6 +62,7 @@ class Controller:
         self._thumbnails: dict[str, Any] = {}
         self._previews: dict[str, Any] = {}
         self._turn = 0
+        self._saving_until = -1.0
         self._unsaved = False
         self._load()
 
@@ -531,12 +535,14 @@ class Controller:
             return
         self._previews[panel.id] = told.preview
         seen = self.story.layout == "grid" or panel.id in self.selected[:1]
-        if self.previews and seen and self.document.is_open():
+        saving = self._clock() < self._saving_until
+        if self.previews and seen and not saving and self.document.is_open():
             self.document.show_preview(told.preview, self.rect(panel))
         self.changed("panel", panel.id)
 
     def before_save(self) -> None:
         """Nothing of ours that is not the artist's goes into a file, and nothing of theirs is left out."""
+        self._saving_until = self._clock() + SAVING_SECONDS
         self.document.remove_previews()
         self.flush()
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from fakes import FakeDocument, Scene
+from storydiffusion_krita.controller import SAVING_SECONDS
 from storydiffusion_krita.layers import PICTURE_ANNOTATION, STORY_ANNOTATION
 from storydiffusion_krita.page import frame_of
 
@@ -452,6 +453,14 @@ def test_previews_are_on_the_canvas_only_for_the_panel_that_is_seen_and_never_in
     assert scene.controller.thumbnail(panel(scene, 1).id) == f"half {panel(scene, 1).id}"
     scene.controller.before_save()
     assert not scene.document.previews
+    first = panel(scene, 0).id
+    scene.desk.preview(first, "while Krita writes")
+    assert not scene.document.previews
+    assert scene.controller.thumbnail(first) == "while Krita writes"
+    later = scene.controller._clock() + SAVING_SECONDS
+    scene.controller._clock = lambda: later
+    scene.desk.preview(first, "afterwards")
+    assert scene.document.previews == ["afterwards"]
 
 
 def test_a_layer_becomes_a_characters_picture_and_its_panels_are_stale(made: Scene) -> None:
