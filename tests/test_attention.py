@@ -26,6 +26,7 @@ from storydiffusion.attention import (
 )
 from storydiffusion.errors import PlanError
 from storydiffusion.resources import resources
+from storydiffusion.sampling import sources_of
 from tiny import tiny_unet
 
 
@@ -318,3 +319,19 @@ def test_the_embedded_models_unet_gives_the_same_with_the_literal_formula(plan: 
             outputs.append(unet(x, 500, text).sample)
     difference = (outputs[0] - outputs[1]).abs().max()
     assert difference < 1e-5 * outputs[0].abs().max().clamp(min=1), f"they differ by {difference}"
+
+
+def test_who_attends_to_whom() -> None:
+    mira, both, nobody = ("Mira",), ("Mira", "Bo"), ()
+    assert sources_of([mira, mira, mira]) == everyone(3)
+    assert sources_of([None, None, None]) == everyone(3), "not knowing who is there, all share"
+    assert sources_of([mira, ("Bo",), nobody, both]) == ((3,), (3,), (), (0, 1))
+
+
+def test_with_anchors_only_the_first_panels_of_a_character_are_looked_at() -> None:
+    mira, bo = ("Mira",), ("Bo",)
+    assert sources_of([mira] * 4, anchors=1) == ((), (0,), (0,), (0,))
+    assert sources_of([mira] * 4, anchors=2) == ((1,), (0,), (0, 1), (0, 1))
+    assert sources_of([mira, bo, ("Mira", "Bo"), bo], anchors=1) == ((), (), (0, 1), (1,))
+    assert sources_of([None] * 3, anchors=1) == ((), (0,), (0,))
+    assert sources_of([None, mira, mira], anchors=1) == ((), (0,), (0,))

@@ -366,14 +366,8 @@ def _tokens_of(run: _Run, names: Mapping[str, int]) -> dict[str, Tensor]:
 
 def _layout(run: _Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
     targets = [run.targets[row] for row in rows]
-    sources = tuple(
-        tuple(
-            j
-            for j, other in enumerate(targets)
-            if way != "extend" and j != i and shares(one.characters, other.characters)
-        )
-        for i, one in enumerate(targets)
-    )
+    anchors = run.settings.plan.anchors if run.settings.plan else 0
+    sources = sources_of([one.characters for one in targets], anchors) if way != "extend" else ((),) * len(rows)
     remembered = tuple(
         tuple(_name(r) for r in run.references if shares(one.characters, r.characters)) for one in targets
     )
@@ -384,6 +378,23 @@ def _layout(run: _Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
         remembered=remembered if run.references else (),
         tokens=_tokens_of(run, {run.targets[row].id: row for row in rows}),
     )
+
+
+def sources_of(characters: Sequence[tuple[str, ...] | None], anchors: int = 0) -> tuple[tuple[int, ...], ...]:
+    """For each of these panels, by who is in it, those it attends to: all that share a character with it, or
+    of each character the first `anchors`."""
+    everyone = range(len(characters))
+    sources = []
+    for i, here in enumerate(characters):
+        seen = {j for j in everyone if shares(here, characters[j])}
+        if anchors:
+            seen = {
+                j
+                for name in here or (None,)
+                for j in [j for j in sorted(seen) if name is None or name in (characters[j] or (name,))][:anchors]
+            }
+        sources.append(tuple(sorted(seen - {i})))
+    return tuple(sources)
 
 
 def _name(reference: Reference) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,12 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"pictures-{number:04d}.npy"
 
 
-def draw_shard(folder: Path, number: int) -> None:
+def draw_shard(folder: Path, number: int, layout: str = "") -> None:
     """Draw scenes [number * SHARD, (number + 1) * SHARD) to (SHARD, 256, 256, 3) uint8."""
     path = shard_path(folder, number)
     if path.exists():
         return
-    pictures = np.stack([world.draw(scene(i)) for i in range(number * SHARD, (number + 1) * SHARD)])
+    pictures = np.stack([world.draw(scene(i, layout)) for i in range(number * SHARD, (number + 1) * SHARD)])
     partial = path.with_suffix(".part")
     with partial.open("wb") as file:
         np.save(file, pictures)
@@ -75,13 +76,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=24_000)
     parser.add_argument("--folder", type=Path, default=DATA)
+    parser.add_argument("--layout", choices=world.LAYOUTS, default="", help="pictures of this layout alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     args.folder.mkdir(parents=True, exist_ok=True)
     shards = range(-(-args.count // SHARD))
     with ProcessPoolExecutor(args.workers) as pool:
-        for number, _ in enumerate(pool.map(draw_shard, [args.folder] * len(shards), shards)):
+        draw = partial(draw_shard, args.folder, layout=args.layout)
+        for number, _ in enumerate(pool.map(draw, shards)):
             log.info("shard %d of %d", number + 1, len(shards))
 
 

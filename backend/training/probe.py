@@ -1,6 +1,7 @@
 """Stage 4, the ruler: `python -m training.probe` trains a classifier that reads a picture's attributes.
 
-Trained on drawn single-character scenes only, mirrored, blurred and noised at random so that it judges
+Trained on drawn single-character scenes only (`python -m training.data --layout single --count 40000
+--folder build/singles`), mirrored, blurred and noised at random so that it judges
 what is shown rather than how cleanly it is drawn. The product does not need it; `storydiffusion
 evaluate` and the tests do. Held-out accuracy is printed and saved beside it.
 """
@@ -83,15 +84,14 @@ def truth(scene: world.Scene, mirrored: bool) -> list[int]:
 
 
 @torch.no_grad()
-def load_singles(folder: Path) -> tuple[list[int], Tensor]:
-    """Numbers of the single-character scenes, and their pictures at half size: (scenes, 3, 128, 128) uint8."""
+def load_singles(folder: Path) -> Tensor:
+    """Pictures of single-character scenes at half size: (scenes, 3, 128, 128) uint8."""
     pictures = data.Pictures(folder)
-    numbers = [i for i in range(len(pictures)) if data.scene(i).layout == "single"]
-    out = torch.empty(len(numbers), 3, INPUT, INPUT, dtype=torch.uint8)
-    for start in range(0, len(numbers), 50):
-        x = to_tensor(np.stack([pictures[i] for i in numbers[start : start + 50]]))
+    out = torch.empty(len(pictures), 3, INPUT, INPUT, dtype=torch.uint8)
+    for start in range(0, len(pictures), 50):
+        x = to_tensor(np.stack([pictures[i] for i in range(start, min(start + 50, len(pictures)))]))
         out[start : start + 50] = ((F.avg_pool2d(x, 2) + 1) * 127.5).round().byte()
-    return numbers, out
+    return out
 
 
 def roughen(x: Tensor) -> Tensor:
@@ -110,15 +110,16 @@ def shifted(x: Tensor, rng: random.Random, most: int = 4) -> Tensor:
 
 
 def train(args: argparse.Namespace) -> None:
-    numbers, pictures = load_singles(args.data)
-    truths = torch.tensor([[truth(data.scene(i), mirrored) for mirrored in (False, True)] for i in numbers])
+    pictures = load_singles(args.data)
+    scenes = [data.scene(i, "single") for i in range(len(pictures))]
+    truths = torch.tensor([[truth(scene, mirrored) for mirrored in (False, True)] for scene in scenes])
     torch.manual_seed(args.seed)
     probe = load_probe(args.start_from).train() if args.start_from else Probe()
     channels_last(probe)
     training = Training("probe", probe, args, ema=0.99, weight_decay=0.05)
     rng = random.Random(training.seed)
     for _ in training:
-        chosen = torch.tensor([rng.randrange(len(numbers)) for _ in range(args.batch)])
+        chosen = torch.tensor([rng.randrange(len(pictures)) for _ in range(args.batch)])
         mirrored = bool(rng.random() < 0.5)
         x = pictures[chosen].float() / 127.5 - 1
         target = truths[chosen, int(mirrored)]
@@ -149,6 +150,7 @@ def held_out_accuracy(probe: Probe, count: int) -> dict[str, float]:
 
 def main() -> None:
     parser = training_options(__doc__, PROBE, steps=3000, batch=64, lr=2e-3)
+    parser.set_defaults(data=Path("build/singles"))
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--measure", action="store_true", help="only measure the probe that is there")
     args = parser.parse_args()

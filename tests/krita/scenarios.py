@@ -21,6 +21,12 @@ SCRIPT = """\
 [Mira] jumps in the meadow in the snow # And then, snow!
 [Mira] is reading in the library at night # Nobody will believe me."""
 
+DESCRIPTION = "a rabbit in a plain dress"
+#: Some of the colours that the embedded model knows, as it draws them.
+PALETTE = ("#d9342b", "#f8d53c", "#3fa045", "#2d6bd2", "#8a45b8", "#f79ac0")
+SEED = 2
+HUES = 24
+
 
 def top_level(kind: type) -> Any:
     shown = [one for one in QtWidgets.QApplication.topLevelWidgets() if isinstance(one, kind) and one.isVisible()]
@@ -168,11 +174,12 @@ def type_into(stage: Stage, edit: QtWidgets.QWidget, text: str) -> Generator[Any
 
 def write_story(stage: Stage) -> Generator[Any, Any, Any]:
     one = docker()
+    controller(stage).set_settings(seed=SEED)  # so that every run sees the same pictures
     stage.click(one.characters.add)
     yield Until("a character's row", lambda: one.characters.rows, 5)
     row = next(iter(one.characters.rows.values()))
     yield from type_into(stage, row.name, "Mira")
-    yield from type_into(stage, row.description, "a rabbit in a striped dress and a scarf")
+    yield from type_into(stage, row.description, DESCRIPTION)
     stage.click(one.script_button)
     yield Until("the script box", one.script.edit.isVisible, 5)
     yield from type_into(stage, one.script.edit, SCRIPT)
@@ -180,22 +187,38 @@ def write_story(stage: Stage) -> Generator[Any, Any, Any]:
     stage.saw["problems"] = one.script.problems.text()
 
 
+def begin_work(stage: Stage, button: QtWidgets.QWidget) -> Generator[Any, Any, Any]:
+    """A click, and another one where the list moved under it: it follows the layer that Krita made active."""
+    for patience in (6, 6, 20):
+        stage.click(button)
+        try:
+            yield Until("work to begin", lambda: controller(stage).working, patience)
+        except TimeoutError:
+            if patience == 20:
+                raise
+        else:
+            return
+
+
 def generate(stage: Stage) -> Generator[Any, Any, Any]:
-    stage.click(docker().generate)
-    yield Until("work to begin", lambda: controller(stage).working, 5)
+    yield from begin_work(stage, docker().generate)
 
 
 def undo_and_redo(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
+    """Undo until no panel is left, redo until all are back: a busy Krita passes over a step that comes too soon."""
     before, steps = layers(document), 0
-    while groups(document) and steps < 20:
+    while groups(document) and steps < 40:
         stage.action("edit_undo")
         steps += 1
         yield 0.25
+        document.waitForDone()
     stage.saw["undone"] = {"steps": steps, "groups": len(groups(document))}
-    yield Until("the docker to see it", lambda: not any(p["picture"] for p in shown()["panels"]), 5)
+    yield Until("the docker to see it", lambda: not any(p["picture"] for p in shown()["panels"]), 10)
     stage.screenshot("undone")
-    for _ in range(steps):
+    names = [one["name"] for one in before]
+    while [one["name"] for one in layers(document)] != names and steps > -20:
         stage.action("edit_redo")
+        steps -= 1
         yield 0.25
     yield 1.5
     stage.saw["redone"] = {"before": before, "after": layers(document), "shown": shown()}
@@ -204,20 +227,24 @@ def undo_and_redo(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
 def where_clothes_are(image: QtGui.QImage) -> dict[tuple[int, int], tuple[float, float, float]]:
     """`colours` of the lower middle, where a figure's body is."""
     width, height = image.width(), image.height()
-    inside = lambda x, y: 0.25 * width < x < 0.75 * width and 0.5 * height < y < 0.92 * height  # noqa: E731
+    inside = lambda x, y: 0.15 * width < x < 0.85 * width and 0.5 * height < y < 0.92 * height  # noqa: E731
     return {at: colour for at, colour in colours(image).items() if inside(*at)}
 
 
-def common_hue(images: list[QtGui.QImage]) -> float:
-    """The hue that is on the body wherever the story goes: the one that the poorest panel has most of."""
-    counts = []
+def hue_of_clothes(images: list[QtGui.QImage]) -> float:
+    """Of the hues that are on the body wherever the story goes (most is what the poorest panel has most of) the
+    one that is not the fur's, which is most on the head."""
+    common, head = [HUES * HUES] * HUES, [0] * HUES
     for image in images:
-        bins = [0] * 12
-        for hue, saturation, value in where_clothes_are(image).values():
-            if saturation > 0.35 and value > 0.25:
-                bins[int(hue * 12) % 12] += 1
-        counts.append(bins)
-    return (max(range(12), key=lambda i: min(bins[i] for bins in counts)) + 0.5) / 12
+        bins = [0] * HUES
+        for (_, y), (hue, saturation, value) in colours(image).items():
+            if saturation > 0.3 and value > 0.2:
+                body = 0.5 < y / image.height() < 0.92
+                (bins if body else head)[int(hue * HUES) % HUES] += 1
+        common = [min(pair) for pair in zip(common, bins)]  # noqa: B905
+    fur = max(range(HUES), key=lambda i: min(head[i], common[i] * 4))
+    apart = [i for i in range(HUES) if min((i - fur) % HUES, (fur - i) % HUES) > 1]
+    return (max(apart, key=lambda i: common[i]) + 0.5) / HUES
 
 
 def share_of(image: QtGui.QImage, colour: QtGui.QColor, spots: list[tuple[int, int]] | None = None) -> float:
@@ -235,15 +262,22 @@ class Paint:
 
 
 def paint_clothes(stage: Stage, document: Any, group: Any) -> Generator[Any, Any, Any]:
-    """Flat paint on a new layer in a panel's group, where its clothes are, or in its middle where that is unclear."""
-    hue = common_hue([picture(one, document) for one in groups(document)])
-    image = picture(group, document)
+    """Flat paint on a new layer in a panel's group, where its clothes are: the colour of the model's that the
+    story has least of."""
+    pictures = [picture(one, document) for one in groups(document)]
+    hue, image = hue_of_clothes(pictures), picture(group, document)
     width, height = image.width(), image.height()
-    body = where_clothes_are(image)
-    spots = [at for at, (h, s, _) in body.items() if abs((h - hue + 0.5) % 1 - 0.5) < 0.05 and s > 0.3]
-    if len(spots) < 0.02 * width * height / 4:
-        spots = [(x, y) for y in range(height // 2, height * 3 // 4, 2) for x in range(width // 3, width * 2 // 3, 2)]
-    paint = Paint(QtGui.QColor.fromHsvF((hue + 0.5) % 1, 0.85, 0.9), spots)
+    near = {
+        at for at, (h, s, _) in where_clothes_are(image).items() if abs((h - hue + 0.5) % 1 - 0.5) < 0.06 and s > 0.2
+    }
+    # single pixels are noise; what lies between two of the same line is a stripe, a fold, an outline
+    rows: dict[int, list[int]] = {}
+    for x, y in near:
+        if sum((x + i, y + j) in near for i in (-2, 0, 2) for j in (-2, 0, 2)) > 5:
+            rows.setdefault(y, []).append(x)
+    spots = [(x, y) for y, xs in rows.items() for x in range(min(xs), max(xs) + 1, 2)]
+    palette = [QtGui.QColor(one) for one in PALETTE]
+    paint = Paint(min(palette, key=lambda one: max(share_of(seen, one) for seen in pictures)), spots)
     clothes = QtGui.QImage(width, height, QtGui.QImage.Format.Format_ARGB32)
     clothes.fill(0)
     for x, y in spots:
@@ -257,8 +291,10 @@ def paint_clothes(stage: Stage, document: Any, group: Any) -> Generator[Any, Any
     document.refreshProjection()
     yield 1.5
     document.waitForDone()
+    stage.screenshot("painted")
     stage.saw["painted"] = {
         "hue": hue,
+        "colour": paint.colour.name(),
         "spots": len(spots),
         "seen": share_of(picture(group, document), paint.colour, spots),
         "order": [node.name() for node in group.childNodes()],
@@ -282,8 +318,7 @@ def regenerate(stage: Stage, document: Any, painted: int, number: int, paint: Pa
     before = picture(groups(document)[number], document)
     Client.submit = listening  # type: ignore[method-assign]
     try:
-        stage.click(one.panels.rows[ids[number]].again)
-        yield Until("work to begin", lambda: controller(stage).working, 5)
+        yield from begin_work(stage, one.panels.rows[ids[number]].again)
         yield made(stage)
     finally:
         Client.submit = submit  # type: ignore[method-assign]
@@ -298,7 +333,11 @@ def regenerate(stage: Stage, document: Any, painted: int, number: int, paint: Pa
         "painted": ids[painted],
         "carried": {name: share_of(image, paint.colour, paint.spots) for name, image in sent_pictures.items()},
         "takes": [node.name() for node in group.childNodes()],
-        "follows": [share_of(before, paint.colour), share_of(picture(group, document), paint.colour)],
+        "follows": {
+            "before": share_of(before, paint.colour),
+            "after": share_of(picture(group, document), paint.colour),
+            "painted": share_of(sent_pictures[ids[painted]], paint.colour),
+        },
         "shown": shown(),
     }
 
@@ -368,8 +407,7 @@ def go_on(stage: Stage) -> Generator[Any, Any, Any]:
     stage.saw["reopened"] = {"layers": layers(document), "shown": shown()}
     stage.screenshot("reopened")
     one = docker()
-    stage.click(one.panels.rows[one.panels.order[0]].again)
-    yield Until("work to begin", lambda: controller(stage).working, 5)
+    yield from begin_work(stage, one.panels.rows[one.panels.order[0]].again)
     yield made(stage)
     yield 1
     stage.saw["again"] = {"layers": layers(document), "shown": shown()}
