@@ -12,13 +12,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from storydiffusion import panels, sampling
+from storydiffusion import panels, run, sampling
 from storydiffusion.attention import EVERYWHERE, PLANS, Plan
 from storydiffusion.errors import Cancelled, ImageError, OutOfMemoryError, PlanError
 from storydiffusion.models import load_pipeline
 from storydiffusion.panels import choose_references, extend, generate, make, smaller_chunks
 from storydiffusion.references import decode_latents
-from storydiffusion.sampling import LatentPreview, Progress, Reference, Settings, Target, denoise, shares
+from storydiffusion.run import Reference, Settings, Target, Way, shares
+from storydiffusion.sampling import LatentPreview, Progress, denoise
+from storydiffusion.subjects import find_subjects
 from tiny import TINY
 from training import fields, world
 
@@ -69,7 +71,7 @@ def test_the_same_request_gives_the_same_pixels(pipe: Any) -> None:
 
 @pytest.mark.parametrize("change", [{"chunk": 1}, {"chunk": 2}, {"split_guidance": True}])
 @pytest.mark.parametrize("way", ["joint", "window", "extend"])
-def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: sampling.Way) -> None:
+def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: Way) -> None:
     references = [Reference("r", picture())] if way == "extend" else []
     expected = make(ddim, story(5), references, SETTINGS, way)
     made = make(ddim, story(5), references, replace(SETTINGS, **change), way)
@@ -405,10 +407,10 @@ def test_the_character_is_found_in_a_drawn_panel() -> None:
     drawn = world.single(random.Random(4), who, framing="medium", action="standing", place="beach")
     reference = Reference("p1", world.draw(drawn), "a blue bear in a yellow dress at the beach", scenery="at the beach")
     settings = Settings(num_inference_steps=16, guidance_scale=3.0)
-    run = sampling._prepare(pipe, [Target("p2", "a bear in the forest", 1)], [reference], settings)
-    at = run.timesteps[6]
-    noisy = sampling.variance_preserving(pipe.scheduler, run.reference_latents, run.reference_noise, at)
+    prepared = run.prepare(pipe, [Target("p2", "a bear in the forest", 1)], [reference], settings)
+    at = prepared.timesteps[6]
+    noisy = run.variance_preserving(pipe.scheduler, prepared.reference_latents, prepared.reference_noise, at)
     with torch.no_grad():
-        sampling._find_subjects(run, noisy, at, [1], lambda: False)
-    found, figure = run.tokens[1].numpy(), fields.owners(drawn) > 0
+        find_subjects(prepared, noisy, at, [1], lambda: False)
+    found, figure = prepared.tokens[1].numpy(), fields.owners(drawn) > 0
     assert (found & figure).sum() > 0.5 * (found | figure).sum()

@@ -19,19 +19,8 @@ from torch import Tensor
 
 from storydiffusion.errors import OutOfMemoryError
 from storydiffusion.references import Picture, decode_latents, resized
-from storydiffusion.sampling import (
-    DEFAULTS,
-    Callback,
-    Cancel,
-    Reference,
-    Settings,
-    Target,
-    Way,
-    denoise,
-    grid_multiple,
-    shares,
-    stop_if,
-)
+from storydiffusion.run import DEFAULTS, Cancel, Reference, Settings, Target, Way, grid_multiple, shares, stop_if
+from storydiffusion.sampling import Callback, denoise
 
 
 def make(

@@ -25,7 +25,7 @@ from storydiffusion.pictures import (
     write_atomically,
 )
 from storydiffusion.references import Picture
-from storydiffusion.sampling import Reference, Settings, Target
+from storydiffusion.run import Reference, Settings, Target
 from storydiffusion.story import Panel, Story
 from storydiffusion.story_file import dump_story, load_story
 from storydiffusion.styles import find_style

@@ -36,10 +36,12 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.encode                # the latents they are
     python -m training.clip text --minutes 4
     python -m training.unet --minutes {unet_minutes:.0f}
-    python -m training.denoised              # what the U-Net makes of pictures, for the decoder
     python -m training.vae decoder --coarse-minutes {coarse_minutes:.0f} --minutes {decoder_minutes:.0f}
     python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
+    python -m training.denoised              # what the U-Net makes of pictures, undecided as it is
+    python -m training.decide --minutes {decide_minutes:.0f}      # the decoder makes up its mind about them
     python -m training.clip vision --minutes {vision_minutes:.0f}
+    python -m training.data --layout single --count 40000 --folder build/singles
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
     python -m training.card
@@ -49,11 +51,12 @@ probe's folder).
 
 A latent is 51 numbers for 16 x 16 pixels: their mean colour, and 48 that say what is shown there (whose patch it is,
 of what kind, in which clothes, where on the figure, in which place and where in it: `training/fields.py`). The
-encoder learns to read them off pixels, the decoder to draw from them.
+encoder learns to read them off pixels, the decoder to draw from them, and to draw the nearer of two values where
+the U-Net leaves it open.
 
 {history}
 
-![curves](curves.png)
+{curves}
 
 ## Figures
 
@@ -78,9 +81,14 @@ def curve(name: str) -> list[dict[str, float]]:
 
 
 def plot(out: Path) -> None:
-    wanted = [("clip-text", "right"), ("unet", "loss"), ("encoder", "fields"), ("decoder", "psnr"), ("probe", "loss")]
-    figure, axes = plt.subplots(1, len(wanted), figsize=(3.2 * len(wanted), 2.6))
-    for axis, (name, column) in zip(axes, wanted, strict=True):
+    """The curves of the runs that are in `build/runs`."""
+    columns = {
+        **{"clip-text": "right", "unet": "loss", "encoder": "fields", "decoder": "psnr", "decide": "loss"},
+        **{"clip-vision": "right", "probe": "loss"},
+    }
+    wanted = {name: column for name, column in columns.items() if curve(name)}
+    figure, axes = plt.subplots(1, len(wanted), figsize=(3.2 * len(wanted), 2.6), squeeze=False)
+    for axis, (name, column) in zip(axes[0], wanted.items(), strict=True):
         rows = [row for row in curve(name) if column in row]
         axis.plot([row["step"] for row in rows], [row[column] for row in rows], linewidth=1)
         axis.set_title(f"{name}: {column}", fontsize=9)
@@ -138,10 +146,13 @@ def main() -> None:
     parser.add_argument("--decoder-minutes", type=float, default=20)
     parser.add_argument("--coarse-minutes", type=float, default=12)
     parser.add_argument("--vision-minutes", type=float, default=8)
+    parser.add_argument("--decide-minutes", type=float, default=18)
+    parser.add_argument("--curves", default="curves.png", help="the picture of these runs' curves, beside earlier ones")
     parser.add_argument("--history", default="", help="how these weights came about, where not as above")
     parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
-    plot(args.model / "curves.png")
+    if any(RUNS.glob("*/curve.csv")):
+        plot(args.model / args.curves)
     accuracy = json.loads((PROBE / "accuracy.json").read_text())
     words = (args.model / "vocabulary.txt").read_text().split()
     text = TEXT.format(
@@ -153,6 +164,8 @@ def main() -> None:
         decoder_minutes=args.decoder_minutes,
         coarse_minutes=args.coarse_minutes,
         vision_minutes=args.vision_minutes,
+        decide_minutes=args.decide_minutes,
+        curves="\n".join(f"![curves]({path.name})" for path in sorted(args.model.glob("curves*.png"))),
         history=args.history,
         figures=figures(args.evaluation),
         held_out=args.held_out,

@@ -1,8 +1,7 @@
 """What the U-Net makes of noised pictures, stored: `python -m training.denoised`.
 
-The decoder is trained on these as well as on exact codes: the latents it will be given are the
-U-Net's, smoother and less certain than any picture's own. They are sampled from the middle of the
-schedule on, where the layout is still the picture's, with the steps and the guidance of generation.
+The latents a decoder is given are the U-Net's, smoother and less certain than any picture's own;
+`training.decide` teaches it to draw them. They are sampled in few steps, so that there are many.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from training import captions, data
 from training.clip import tokenize
 from training.common import MODEL, half_precision
 from training.encode import latents_path
-from training.unet import GUIDANCE, RESCALE, STEPS, scheduler
+from training.unet import GUIDANCE, RESCALE, scheduler
 
 
 def denoised_path(folder: Path, number: int) -> Path:
@@ -34,9 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=data.DATA)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the whole schedule")
-    parser.add_argument("--skip", type=int, default=5, help="steps never run: the layout is decided there")
+    parser.add_argument("--shards", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of the whole schedule")
+    parser.add_argument("--skip", type=int, default=1, help="steps never run, of those that begin from noise alone")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from storydiffusion.attention import DECODER, EVERYWHERE, PLANS, Plan, stable_seed
 from storydiffusion.panels import as_reference, extend, generate, make
 from storydiffusion.pictures import contact_sheet, png_bytes, write_atomically
-from storydiffusion.sampling import Reference, Settings, Target
+from storydiffusion.run import Reference, Settings, Target
 from training import captions, world
 from training.common import MODEL
 from training.probe import load_probe, read

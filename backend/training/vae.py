@@ -73,22 +73,11 @@ def build() -> AutoencoderKL:
 
 
 class Crops:
-    """Crops of stored latents with the pictures they stand for. `kind` 'latents': the exact ones;
-    'denoised': the U-Net's (`training.denoised`), empty until they are made, without those in which a
-    figure went elsewhere: a decoder that is shown those learns to blur."""
+    """Crops of stored latents with the pictures they stand for."""
 
-    MOVED = 0.03  # share of patches that are a figure's in one and not in the other
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.latents = [np.load(path, mmap_mode="r") for path in sorted(folder.glob(f"{kind}-*.npy"))]
-        self.numbers = list(range(sum(map(len, self.latents))))
-        if kind != "latents":
-            exact, figure = Crops(folder, "latents"), COLORS + fields.SLICES["figure"].start
-            same = [(self[i][figure] > 0) == (exact[i][figure] > 0) for i in self.numbers]
-            self.numbers = [i for i, one in zip(self.numbers, same, strict=True) if one.mean() >= 1 - self.MOVED]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
+    def __init__(self, folder: Path) -> None:
+        self.latents = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("latents-*.npy"))]
+        self.count = sum(map(len, self.latents))
 
     def __getitem__(self, number: int) -> NDArray[np.float16]:
         """The latents of picture `number`."""
@@ -97,7 +86,7 @@ class Crops:
 
     def _spot(self, steps: int, g: int, rng: random.Random) -> tuple[int, int, int]:
         """A picture's number and a corner: of three, the one whose crop has most of a figure in it."""
-        i = rng.choice(self.numbers)
+        i = rng.randrange(self.count)
         if steps == 1:
             return i, 0, 0
         figure = self[i][COLORS + fields.SLICES["figure"].start] > 0
@@ -166,7 +155,7 @@ class CoarseHalf(nn.Module):
 
 def train_decoder(args: argparse.Namespace) -> None:
     """Teach the decoder to draw what latents say: its coarse half for `--coarse-minutes`, then all of it."""
-    pictures, exact, denoised = Pictures(args.data), Crops(args.data, "latents"), Crops(args.data, "denoised")
+    pictures, exact = Pictures(args.data), Crops(args.data)
     torch.manual_seed(args.seed)
     vae = _load(args.start_from) if args.start_from else build()
 
@@ -174,11 +163,7 @@ def train_decoder(args: argparse.Namespace) -> None:
         rng = random.Random(training.seed)
         for _ in training:
             latents, target = exact.draw(pictures, batch, size, rng)
-            latents = worsened(latents)
-            if len(denoised):
-                half = batch // 2
-                latents[:half], target[:half] = denoised.draw(pictures, half, size, rng)
-            yield latents.contiguous(memory_format=torch.channels_last), target
+            yield worsened(latents).contiguous(memory_format=torch.channels_last), target
 
     if args.coarse_minutes:
         coarse = CoarseHalf(vae)
@@ -304,7 +289,7 @@ def roughened(x: Tensor) -> Tensor:
 
 def train_encoder(args: argparse.Namespace) -> None:
     """Teach the layers on the coarsest grid to read pictures, half of them as the decoder draws them."""
-    pictures, exact = Pictures(args.data), Crops(args.data, "latents")
+    pictures, exact = Pictures(args.data), Crops(args.data)
     torch.manual_seed(args.seed)
     vae = _load(args.start_from)
     _, x = exact.draw(pictures, 300, 128, random.Random(1))

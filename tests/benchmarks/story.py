@@ -21,7 +21,7 @@ from typing import Any
 
 from storydiffusion.models import load_pipeline
 from storydiffusion.panels import generate, make
-from storydiffusion.sampling import Settings, Target
+from storydiffusion.run import Settings, Target
 from training.evaluate import peak_memory
 
 PLACES = ("in the forest", "at the beach", "in the city", "at the castle", "on the farm", "in the desert")

@@ -27,7 +27,7 @@ from storydiffusion.story import Character, Panel, Story
 from storydiffusion.styles import find_style
 
 if TYPE_CHECKING:  # the engine's rooms import torch, which takes seconds
-    from storydiffusion.sampling import Reference, Target
+    from storydiffusion.run import Reference, Target
 
 #: of all pictures of a request together, at the story's size
 MAX_TOTAL_PIXELS = 4 * MAX_PIXELS
@@ -225,7 +225,7 @@ def _panel_references(
 
 
 def _sheets(sheets: Sequence[Sheet], story: Story, pixels: _Pixels) -> list[Reference]:
-    from storydiffusion.sampling import Reference
+    from storydiffusion.run import Reference
 
     described = {character.name: character.description for character in story.characters}
     references = []
