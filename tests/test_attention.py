@@ -326,12 +326,3 @@ def test_who_attends_to_whom() -> None:
     assert sources_of([mira, mira, mira]) == everyone(3)
     assert sources_of([None, None, None]) == everyone(3), "not knowing who is there, all share"
     assert sources_of([mira, ("Bo",), nobody, both]) == ((3,), (3,), (), (0, 1))
-
-
-def test_with_anchors_only_the_first_panels_of_a_character_are_looked_at() -> None:
-    mira, bo = ("Mira",), ("Bo",)
-    assert sources_of([mira] * 4, anchors=1) == ((), (0,), (0,), (0,))
-    assert sources_of([mira] * 4, anchors=2) == ((1,), (0,), (0, 1), (0, 1))
-    assert sources_of([mira, bo, ("Mira", "Bo"), bo], anchors=1) == ((), (), (0, 1), (1,))
-    assert sources_of([None] * 3, anchors=1) == ((), (0,), (0,))
-    assert sources_of([None, mira, mira], anchors=1) == ((), (0,), (0,))

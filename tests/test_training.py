@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training import data, decide, fields, unet, vae, world
+from training import data, fields, unet, vae
 from training.common import MuonAndAdam, Training, channels_last
 from training.encode import CHANNELS, COLORS, colors
 
@@ -107,13 +107,13 @@ def test_the_encoder_learns_to_read() -> None:
     vae.set_encoder(autoencoder, x)
     features = vae.linear_levels(autoencoder, x).detach()
     wanted = torch.cat([colors(x), torch.ones(24, CHANNELS - COLORS, 4, 4)], 1)
-    training = Training("encoder", vae.tail(autoencoder), options(60, lr=2e-3), ema=0.5, warmup=2)
+    training = Training("encoder", vae.tail(autoencoder), options(60, lr=1e-3), ema=0.5, warmup=2, muon=False)
     for _ in training:
         training.learn((vae.read_tail(autoencoder, features) - wanted).square().mean())
     training.finish()
     wrong = (vae.read_tail(autoencoder, features) - wanted).square().mean((0, 2, 3))
     assert wrong[COLORS:].mean() < 0.1
-    assert wrong[:COLORS].mean() < 0.5 * colors(x).var()
+    assert wrong[:COLORS].mean() < 0.95 * colors(x).var(), "it knows no more of colours than their mean"
 
 
 def test_the_coarse_half_is_the_decoders_own() -> None:
@@ -164,54 +164,3 @@ def test_how_a_kernel_lies_in_memory_does_not_change_what_it_learns() -> None:
             optimizer.step(1.0)
         learned.append(module.weight.detach().clone())
     assert torch.allclose(*learned, atol=1e-3)
-
-
-def drawn_latents(number: int, layout: str = "") -> tuple[np.ndarray, bool]:
-    """Exact latents of a picture in which nobody moves, and whether one value holds for all of it."""
-    scene = next(
-        one
-        for one in (data.scene(i, layout) for i in range(number, number + 100))
-        if not any(figure.then for figure, *_ in world.figures(one))
-    )
-    means = np.random.default_rng(number).uniform(-1, 1, (COLORS, fields.GRID, fields.GRID)).astype(np.float32)
-    return np.concatenate([means, fields.draw(scene)]), scene.layout in decide.ALIKE
-
-
-@pytest.mark.parametrize("layout", ["single", "pair", "crowd", "mirror", "sheet", "strip"])
-def test_what_is_decided_stays_as_it_is(layout: str) -> None:
-    latents, alike = drawn_latents(500, layout)
-    np.testing.assert_allclose(decide.decided(latents, alike), latents, atol=1e-5)
-
-
-def test_what_is_pulled_towards_another_value_goes_back_to_its_own() -> None:
-    latents, alike = drawn_latents(700, "pair")
-    pulled = decide.undecided(latents, np.random.default_rng(0))
-    assert np.abs(pulled - latents).max() > 0.2
-    settled = decide.decided(pulled, alike)[COLORS:]
-    for name in ("kind", "hat", "clothes", "pattern", "place", "time", "weather"):  # between two colours lies a third
-        np.testing.assert_allclose(settled[fields.SLICES[name]], latents[COLORS:][fields.SLICES[name]], err_msg=name)
-
-
-def test_a_figure_of_two_colours_becomes_one_of_the_more_frequent() -> None:
-    latents, _ = drawn_latents(900, "single")
-    shown = latents[COLORS:]
-    fur, figure = shown[fields.SLICES["fur"]], shown[fields.SLICES["figure"]][0] > 0
-    own = fur[:, figure][:, 0].copy()
-    other = next(word for word in fields.FIGURE_WORDS["fur"] if not np.allclose(word, own))
-    fur[:, figure] = np.where(np.arange(figure.sum()) % 3 == 0, other[:, None], own[:, None])
-    settled = decide.decided(latents, alike=True)[COLORS:][fields.SLICES["fur"]][:, figure]
-    np.testing.assert_allclose(settled, np.broadcast_to(own[:, None], settled.shape))
-
-
-def test_the_coarsest_layers_are_the_decoders_own() -> None:
-    """What `training.decide` trains is what the autoencoder then draws with."""
-    torch.manual_seed(0)
-    model = vae.build().eval()
-    layers = decide.CoarsestLayers(model)
-    seen: list[torch.Tensor] = []
-    hook = model.decoder.up_blocks[0].resnets[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
-    z = torch.randn(1, CHANNELS, 4, 4)
-    with torch.no_grad():
-        model.decode(z)
-        hook.remove()
-        torch.testing.assert_close(layers(z), seen[0])

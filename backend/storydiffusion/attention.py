@@ -53,9 +53,6 @@ class Plan:
         subjects: of panels whose prompt is also known without its characters (`scenery`), only the
             tokens of the characters are shared, found where naming them changes the prediction
             (DiffEdit, Couairon et al. 2022, arXiv 2210.11427). The paper shares places too.
-        anchors: of each character only this many panels, the first, are looked at by the others; 0
-            are all of them, which is the paper. Panels that all look at each other meet halfway, and
-            halfway between two colours is neither; one that looks at nobody keeps its own.
     """
 
     name: str = "custom"
@@ -68,7 +65,6 @@ class Plan:
     reference_weight: float = 1.0
     reference_noise: float = 1.0
     subjects: bool = False
-    anchors: int = 0
 
     def __post_init__(self) -> None:
         for value in (self.rate, *self.rates.values()):
@@ -81,10 +77,6 @@ class Plan:
             )
         if self.weight <= 0 or self.reference_weight <= 0:
             raise PlanError("A plan's weights must be above 0.", "Use rate 0 to share nothing.")
-        if self.anchors < 0:
-            raise PlanError(
-                f"A plan with {self.anchors} anchors was asked for.", "Give a number of panels, or 0 for all."
-            )
         if not 0 <= self.reference_noise <= 1:
             raise PlanError(f"reference_noise is {self.reference_noise}.", "Give a number between 0 and 1.")
 

@@ -75,9 +75,9 @@ def _tokens_of(run: Run, names: Mapping[str, int]) -> dict[str, Tensor]:
 
 def _sources(run: Run, rows: Sequence[int], way: Way) -> tuple[tuple[int, ...], ...]:
     """For each of these targets, made in one call, those it attends to: places in `rows`."""
-    if way == "extend" or run.settings.plan is None:
+    if way == "extend":
         return ((),) * len(rows)
-    return sources_of([run.targets[row].characters for row in rows], run.settings.plan.anchors)
+    return sources_of([run.targets[row].characters for row in rows])
 
 
 def _layout(run: Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
@@ -95,21 +95,12 @@ def _layout(run: Run, rows: Sequence[int], halves: int, way: Way) -> Layout:
     )
 
 
-def sources_of(characters: Sequence[tuple[str, ...] | None], anchors: int = 0) -> tuple[tuple[int, ...], ...]:
-    """For each of these panels, by who is in it, those it attends to: all that share a character with it, or
-    of each character the first `anchors`."""
+def sources_of(characters: Sequence[tuple[str, ...] | None]) -> tuple[tuple[int, ...], ...]:
+    """For each of these panels, by who is in it, those it attends to: all that share a character with it."""
     everyone = range(len(characters))
-    sources = []
-    for i, here in enumerate(characters):
-        seen = {j for j in everyone if shares(here, characters[j])}
-        if anchors:
-            seen = {
-                j
-                for name in here or (None,)
-                for j in [j for j in sorted(seen) if name is None or name in (characters[j] or (name,))][:anchors]
-            }
-        sources.append(tuple(sorted(seen - {i})))
-    return tuple(sources)
+    return tuple(
+        tuple(j for j in everyone if j != i and shares(here, characters[j])) for i, here in enumerate(characters)
+    )
 
 
 def _name(reference: Reference) -> str:

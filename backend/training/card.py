@@ -38,8 +38,6 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.unet --minutes {unet_minutes:.0f}
     python -m training.vae decoder --coarse-minutes {coarse_minutes:.0f} --minutes {decoder_minutes:.0f}
     python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
-    python -m training.denoised              # what the U-Net makes of pictures, undecided as it is
-    python -m training.decide --minutes {decide_minutes:.0f}      # the decoder makes up its mind about them
     python -m training.clip vision --minutes {vision_minutes:.0f}
     python -m training.data --layout single --count 40000 --folder build/singles
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
@@ -51,8 +49,7 @@ probe's folder).
 
 A latent is 51 numbers for 16 x 16 pixels: their mean colour, and 48 that say what is shown there (whose patch it is,
 of what kind, in which clothes, where on the figure, in which place and where in it: `training/fields.py`). The
-encoder learns to read them off pixels, the decoder to draw from them, and to draw the nearer of two values where
-the U-Net leaves it open.
+encoder learns to read them off pixels, the decoder to draw from them.
 
 {history}
 
@@ -83,7 +80,7 @@ def curve(name: str) -> list[dict[str, float]]:
 def plot(out: Path) -> None:
     """The curves of the runs that are in `build/runs`."""
     columns = {
-        **{"clip-text": "right", "unet": "loss", "encoder": "fields", "decoder": "psnr", "decide": "loss"},
+        **{"clip-text": "right", "unet": "loss", "encoder": "fields", "decoder": "psnr"},
         **{"clip-vision": "right", "probe": "loss"},
     }
     wanted = {name: column for name, column in columns.items() if curve(name)}
@@ -146,7 +143,6 @@ def main() -> None:
     parser.add_argument("--decoder-minutes", type=float, default=20)
     parser.add_argument("--coarse-minutes", type=float, default=12)
     parser.add_argument("--vision-minutes", type=float, default=8)
-    parser.add_argument("--decide-minutes", type=float, default=18)
     parser.add_argument("--curves", default="curves.png", help="the picture of these runs' curves, beside earlier ones")
     parser.add_argument("--history", default="", help="how these weights came about, where not as above")
     parser.add_argument("--held-out", type=int, default=600)
@@ -164,7 +160,6 @@ def main() -> None:
         decoder_minutes=args.decoder_minutes,
         coarse_minutes=args.coarse_minutes,
         vision_minutes=args.vision_minutes,
-        decide_minutes=args.decide_minutes,
         curves="\n".join(f"![curves]({path.name})" for path in sorted(args.model.glob("curves*.png"))),
         history=args.history,
         figures=figures(args.evaluation),
