@@ -266,7 +266,7 @@ class Controller:
         if panel is None or not self.can_make(panel):
             return
         mask = self.document.selection(self.rect(panel)) if self.has_art(panel) else None
-        same = bool(panel.take is None or self.story.changed(panel) or self._others_changed(panel))
+        same = bool(panel.take is None or self.story.changed(panel) or self._painted_since(panel))
         variations = {panel_id: panel.variation if same and mask is None else self._next(panel)}
         self.select([panel_id])  # the artist wants to see it
         self._order([panel_id], variations, again=True, mask=mask, start=mask is not None)
@@ -281,12 +281,13 @@ class Controller:
     def _next(self, panel: Panel) -> int:
         return max([panel.variation, *(take.variation for take in panel.takes)]) + 1 if panel.takes else panel.variation
 
-    def _others_changed(self, panel: Panel) -> bool:
-        """Whether a panel that this one is made from was painted in since."""
-        take = panel.take
+    def _painted_since(self, panel: Panel) -> list[str]:
+        """The panels that this one is made from and that look otherwise than when its take was made."""
+        if panel.take is None:
+            return []
+        before = panel.take.looks
         sources = orders.references_for(self.story, [panel.id], self._with_art())
-        now = {other.id: self.document.look(other.group) for other in sources}
-        return take is None or any(take.looks.get(other, look) != look for other, look in now.items())
+        return [one.id for one in sources if one.id in before and self.document.look(one.group) != before[one.id]]
 
     def _with_art(self) -> list[str]:
         return [panel.id for panel in self.story.panels if self.has_art(panel)]
@@ -326,6 +327,9 @@ class Controller:
             self.changed("panel", panel.id)
         self.changed("progress", "")
         sources = orders.references_for(self.story, wanted, self._with_art())
+        if again:  # what the artist painted is what they want to see in the others
+            painted = {one for panel in panels for one in self._painted_since(panel)}
+            sources = orders.painted_first(self.story, wanted, sources, painted)
         reading = [*sources, *(panels if start else [])]
         read: dict[str, Any] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any, Generic, TypeVar
@@ -102,6 +102,18 @@ def references_for(story: Story, wanted: Sequence[str], has_art: Sequence[str]) 
     ]
     found.sort(key=lambda panel: min((abs(place[panel.id] - place[one.id]) for one in made), default=0))
     return sorted(found[:MAX_PICTURES], key=lambda panel: place[panel.id])
+
+
+def painted_first(
+    story: Story, wanted: Sequence[str], sources: Sequence[Panel], painted: Collection[str]
+) -> list[Panel]:
+    """Of the panels that others are made from those that were painted in, and of the rest only those with
+    somebody who is in none of them: what nobody touched would speak against what the artist changed."""
+    if not painted:
+        return list(sources)
+    faces = {one.id for panel in story.panels if panel.id in wanted for one in story.cast(panel)}
+    missing = faces - {one.id for panel in sources if panel.id in painted for one in story.cast(panel)}
+    return [one for one in sources if one.id in painted or missing & {face.id for face in story.cast(one)}]
 
 
 def order(

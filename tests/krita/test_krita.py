@@ -107,8 +107,14 @@ def test_another_panel_is_made_from_what_was_painted(told: harness.Ran) -> None:
     assert again["panels"] == [again["wanted"]]
     carried = again["carried"].pop(again["painted"])
     assert carried > 0.9, "the request does not carry the paint"
-    assert max(again["carried"].values()) < 0.5, "the paint is not only in the painted panel"
+    assert not again["carried"], "what nobody touched would speak against the paint"
     assert again["takes"] == ["Take 1", "Take 2"]
+
+
+def test_the_painted_colour_follows_into_the_other_panel(told: harness.Ran) -> None:
+    follows = told.check()["regenerated"]["follows"]
+    assert follows["before"] < 0.2 * follows["painted"], "the colour was there before"
+    assert follows["after"] > 0.4 * follows["painted"]
 
 
 def test_a_cancelled_job_leaves_nothing_behind(told: harness.Ran) -> None:

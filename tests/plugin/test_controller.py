@@ -151,6 +151,33 @@ def test_painted_changes_are_what_other_panels_are_made_from(made: Scene) -> Non
     assert made.desk.last.request["sources"] == "all"
 
 
+def sent(scene: Scene) -> list[str]:
+    """Of which panels the last order carries pictures."""
+    return [one["panel"] for one in scene.desk.last.request["pictures"]]
+
+
+def test_a_painted_panel_is_followed_and_not_outvoted_by_those_nobody_touched(made: Scene) -> None:
+    made.controller.again(panel(made, 2).id)
+    made.finish()
+    assert len(sent(made)) > 1, "nothing was painted: all who share the character"
+    made.document.add("scarf", panel(made, 1).group, picture="red scarf")
+    made.controller.again(panel(made, 2).id)
+    made.finish()
+    assert sent(made) == [panel(made, 1).id]
+    made.controller.again(panel(made, 2).id)
+    made.finish()
+    assert len(sent(made)) > 1, "the take that is seen follows the paint already"
+
+
+def test_a_character_who_is_in_no_painted_panel_is_still_made_from_the_others(scene: Scene) -> None:
+    scene.story("[Mira] walks", "[Bo] sits", "[Mira] sleeps", "[Mira] meets [Bo]", characters=("Mira", "Bo"))
+    scene.make()
+    scene.document.add("scarf", panel(scene, 0).group, picture="red scarf")
+    scene.controller.again(panel(scene, 3).id)
+    scene.finish()
+    assert sent(scene) == [panel(scene, 0).id, panel(scene, 1).id], "Mira from the paint, Bo from where he is"
+
+
 def test_again_keeps_the_seed_where_something_changed_and_takes_a_new_one_where_nothing_did(made: Scene) -> None:
     one = panel(made, 2)
     seed = lambda: next(p["seed"] for p in made.desk.last.request["story"]["panels"] if p["id"] == one.id)  # noqa: E731
