@@ -5,7 +5,8 @@
 First four panels of 1024 x 1024 arrive from a backend that only hands pictures out, and Krita idles for
 20 s: what the plugin's own callbacks take of the GUI thread, Krita's work on pixels apart. Then the same
 story is made through Krita, from the click to the layers, and by the command line. With --jobs a panel
-is made that often, and Krita's memory is read.
+is made that often and its take discarded, and Krita's memory is read; then the same for a bare script that
+adds and removes as many layers: Krita keeps what undo could bring back.
 """
 
 from __future__ import annotations
@@ -94,9 +95,12 @@ def arrivals(display: str, home: Path, environment: dict[str, str]) -> dict[str,
 
 def soak(display: str, home: Path, environment: dict[str, str], jobs: int) -> dict[str, float]:
     environment = {**environment, "STORYDIFFUSION_ROUNDS": str(jobs)}
-    saw = harness.krita(display, home, "soak", environment=environment, file=MEASURE, seconds=60 + 5 * jobs).check()
-    first, last = saw["memory"][1], saw["memory"][-1]
-    return {"krita_mb_after_20_jobs": round(first), "krita_mb_at_the_end": round(last)}
+    rows = {}
+    for scenario, name in (("soak", "krita_mb"), ("layers_come_and_go", "bare_krita_mb")):
+        ran = harness.krita(display, home, scenario, environment=environment, file=MEASURE, seconds=60 + 6 * jobs)
+        memory = ran.check()["memory"]
+        rows |= {f"{name}_after_20_jobs": round(memory[1]), f"{name}_at_the_end": round(memory[-1])}
+    return rows
 
 
 def overhead(display: str, home: Path, environment: dict[str, str], rounds: int) -> dict[str, float]:

@@ -130,3 +130,26 @@ def soak(stage: Stage) -> Generator[Any, Any, Any]:
             yield 1
             memory.append(resident())
     stage.saw["memory"], stage.saw["takes"] = memory, len(panel.takes)
+
+
+def layers_come_and_go(stage: Stage) -> Generator[Any, Any, Any]:
+    """What Krita keeps of as many layers without us: of each job a take and a preview that are removed again."""
+    document = stage.krita.createDocument(256, 256, "layers", "RGBA", "U8", "", 72.0)
+    document.setBatchmode(True)
+    stage.window.addView(document)
+    yield 2
+    pixels, memory = bytes(range(256)) * 1024, []
+    for i in range(int(os.environ["STORYDIFFUSION_ROUNDS"])):
+        for name in ("preview", "take"):
+            layer = document.createNode(name, "paintlayer")
+            layer.setPixelData(pixels, 0, 0, 256, 256)
+            document.rootNode().addChildNode(layer, None)
+            document.refreshProjection()
+            yield 0.2
+            layer.remove()
+            document.refreshProjection()
+            yield 0.1
+        if (i + 1) % 10 == 0:
+            yield 1
+            memory.append(resident())
+    stage.saw["memory"] = memory
