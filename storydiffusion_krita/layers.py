@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import pictures
-from .qt import QtCore, QtGui
+from .qt import QtCore, QtGui, owned
 from .texts import tr
 
 #: by name, because a layer that was saved by an autosave and recovered has no other mark
@@ -175,12 +175,12 @@ class KritaDocument:
 
     def _nodes(self) -> Iterator[tuple[Node, str]]:
         """Every layer with its parent's id, those in groups too."""
-        waiting = [(node, "") for node in self._document.topLevelNodes()]
+        waiting = [(owned(node), "") for node in self._document.topLevelNodes()]
         while waiting:
             node, parent = waiting.pop()
             yield node, parent
             if node.type() == "grouplayer":
-                waiting += [(child, _id(node)) for child in node.childNodes()]
+                waiting += [(owned(child), _id(node)) for child in node.childNodes()]
 
     def active_layer(self) -> str:
         """The one the artist is on, also while Krita has wandered off from it because of us."""
@@ -188,7 +188,7 @@ class KritaDocument:
         return self._staying if self._wandered(active) else active
 
     def _active(self) -> str:
-        node = self._document.activeNode()
+        node = owned(self._document.activeNode())
         return _id(node) if node is not None else ""
 
     def activate(self, layer: str) -> None:
@@ -277,7 +277,7 @@ class KritaDocument:
 
     def _node(self, layer: str) -> Node | None:
         """Ids of layers that undo has taken out are not found: they are not in the document."""
-        found = self._document.nodeByUniqueID(QtCore.QUuid(layer)) if layer else None
+        found = owned(self._document.nodeByUniqueID(QtCore.QUuid(layer))) if layer else None
         if found is None or hasattr(type(found), "addChildNode"):
             return found
         # Krita 5.1 hands out a paint layer as a bare QObject here, which it does not take back as a node
@@ -379,7 +379,7 @@ class KritaDocument:
 
     def remove_previews(self) -> None:
         """All of them, also those that a crash or an undo left behind."""
-        found = [node for node in self._document.topLevelNodes() if node.name() == PREVIEW_NAME]
+        found = [node for node in map(owned, self._document.topLevelNodes()) if node.name() == PREVIEW_NAME]
         if not found:
             return
         if self._active() in [_id(node) for node in found]:  # removing it would activate any other
