@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -23,30 +23,37 @@ PANEL_KEY = "storydiffusion:panel"
 MAX_PIXELS = 64 * 1024 * 1024
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all.
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written inside, which takes its place at the end: whole or not at all.
 
     Raises:
         StoryDiffusionError: the disk is full or the folder cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=f".part{path.suffix}")
+        os.close(handle)
+        partial = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
+            yield partial
+            with partial.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
+            partial.chmod(0o644)
+            partial.replace(path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial)
+            partial.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise StoryDiffusionError(
             f"{path} could not be written: {error.strerror or error}.", "Choose another folder or make room."
         ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises as `written_whole` does."""
+    with written_whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def free_path(path: Path) -> Path:
