@@ -69,6 +69,21 @@ def test_the_same_request_gives_the_same_pixels(pipe: Any) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_prompts_are_guided_as_far_as_asked_and_the_rest_takes_half_the_work(ddim: Any) -> None:
+    settings, rows = replace(SETTINGS, num_inference_steps=4, guidance_until=0.5), []
+    watch = ddim.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        make(ddim, story(3), (), settings)
+    finally:
+        watch.remove()
+    assert rows == [6, 6, 3, 3]
+    never = make(ddim, story(3), (), replace(settings, guidance_until=0.0))
+    unguided = make(ddim, story(3), (), replace(settings, guidance_scale=1.0))
+    assert all(np.array_equal(a, b) for a, b in zip(never, unguided, strict=True))
+    with pytest.raises(PlanError, match="Guidance until"):
+        make(ddim, story(1), (), replace(settings, guidance_until=1.5))
+
+
 @pytest.mark.parametrize("change", [{"chunk": 1}, {"chunk": 2}, {"split_guidance": True}])
 @pytest.mark.parametrize("way", ["joint", "window", "extend"])
 def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: Way) -> None:

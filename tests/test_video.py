@@ -28,7 +28,9 @@ def moving(count: int, height: int = 66, width: int = 98) -> Iterator[Picture]:
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("size", [(66, 98), (65, 97)])
-def test_a_film_has_the_pictures_it_was_given_in_their_order(tmp_path: Path, ending: str, size: tuple[int, int]) -> None:
+def test_a_film_has_the_pictures_it_was_given_in_their_order(
+    tmp_path: Path, ending: str, size: tuple[int, int]
+) -> None:
     path = tmp_path / f"film{ending}"
     assert write_film(path, moving(12, *size), RATE) == 12
     back = [one[: size[0], : size[1]].astype(int) for one in read_film(path)]
@@ -47,7 +49,9 @@ def test_captions_are_subtitles_at_their_time(tmp_path: Path, ending: str, codec
     write_film(path, moving(16), RATE, [Caption("Später.", 8, 4), Caption("Grüße!", 0, 8)])
     with av.open(str(path)) as film:
         assert film.streams.subtitles[0].codec_context.name == codec
-        said = [(p.pts * p.time_base, p.duration * p.time_base, bytes(p)) for p in film.demux(subtitles=0) if p.size > 2]
+        said = [
+            (p.pts * p.time_base, p.duration * p.time_base, bytes(p)) for p in film.demux(subtitles=0) if p.size > 2
+        ]
     assert [(float(start), float(length)) for start, length, _ in said] == [(0, 1), (1, 0.5)]
     assert ["Grüße!" in text.decode(errors="ignore") for *_, text in said] == [True, False]
 

@@ -125,18 +125,19 @@ def _predict(
     run: Run,
     latents: Tensor,
     timestep: Tensor,
+    progress: float,
     calls: Sequence[Sequence[int]],
     way: Way,
     consistency: ConsistentSelfAttention | None,
     cancel: Cancel,
 ) -> Tensor:
     """The model's prediction for every target, guidance applied; overlapping windows averaged."""
-    halves = (0, 1) if run.guided else (1,)
+    halves = (0, 1) if run.guided(progress) else (1,)
     passes = [(half,) for half in halves] if run.settings.split_guidance else [halves]
     total = torch.zeros(len(halves), *latents.shape, device=latents.device)
     count = torch.zeros(len(latents), device=latents.device)
     for index, some in enumerate(passes):
-        if consistency is not None and run.references and consistency.plan.holds(consistency.progress):
+        if consistency is not None and run.references and consistency.plan.holds(progress):
             _replay(run, consistency, timestep, some, cancel)
         for rows in calls:
             stop_if(cancel)
@@ -151,7 +152,7 @@ def _predict(
             if index == 0:
                 count[list(rows)] += 1
     total /= count.view(1, -1, 1, 1, 1)
-    if not run.guided:
+    if len(halves) == 1:
         return total[0]
     unconditional, conditional = total
     guided = unconditional + run.settings.guidance_scale * (conditional - unconditional)
@@ -201,12 +202,13 @@ def denoise(
             for i, first in enumerate(run.first):
                 if step <= first and targets[i].image is not None and first > 0:
                     latents[i : i + 1] = _noised(run, i, timestep)
+            progress = step / len(timesteps)
             if consistency is not None:
-                consistency.begin_step(step, step / len(timesteps), run.grid)
+                consistency.begin_step(step, progress, run.grid)
                 if consistency.plan.subjects:
                     consistency.next_call(None)
                     look_for_subjects(run, consistency.plan, latents, step, looked_at, cancel)
-            predicted = _predict(run, latents, timestep, calls, way, consistency, cancel)
+            predicted = _predict(run, latents, timestep, progress, calls, way, consistency, cancel)
             generators = [torch.Generator().manual_seed(stable_seed(t.seed, "step", step)) for t in targets]
             latents = scheduler.step(
                 predicted, timestep, latents, return_dict=False, **_noise_source(scheduler, generators)

@@ -134,12 +134,14 @@ def _write_folder(folder: Path, pictures: Iterable[Picture]) -> int:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as partial:
             count, inside = 0, Path(partial) / folder.name
-            for count, picture in enumerate(pictures, 1):  # noqa: B007
+            for count, picture in enumerate(pictures, 1):
                 write_atomically(inside / f"{count:04d}.png", png_bytes(picture))
             inside.rename(folder)
             return count
     except OSError as error:
-        raise FilmError(f"{folder} could not be written: {error.strerror or error}.", "Choose another place.") from error
+        raise FilmError(
+            f"{folder} could not be written: {error.strerror or error}.", "Choose another place."
+        ) from error
 
 
 def _even(picture: Picture) -> Picture:

@@ -343,4 +343,9 @@ def story_settings() -> Settings:
     from storydiffusion.models import load_catalogue
 
     preset = load_catalogue()["storyworld"]
-    return Settings(num_inference_steps=preset.steps, guidance_scale=preset.guidance_scale, guidance_rescale=0.5)
+    return Settings(
+        num_inference_steps=preset.steps,
+        guidance_scale=preset.guidance_scale,
+        guidance_until=preset.guidance_until,
+        guidance_rescale=preset.guidance_rescale,
+    )

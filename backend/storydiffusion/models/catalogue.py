@@ -35,6 +35,7 @@ class Preset:
         size: width and height in pixels, multiples of 8.
         steps: num_inference_steps.
         guidance_scale: classifier-free guidance.
+        guidance_until, guidance_rescale: as `Settings` says.
         licence: of the weights, in words.
         notes: a sentence or two for the artist.
         fp16: the hub keeps half-precision files beside the full ones.
@@ -56,6 +57,8 @@ class Preset:
     fp16: bool = False
     verified: bool = True
     longest: int = 0
+    guidance_until: float = 1.0
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         pinned = self.embedded if not self.revision else bool(COMMIT.fullmatch(self.revision))
