@@ -3,9 +3,9 @@ then `python -m training.vae encoder --start-from` what that left.
 
 A latent says what is shown (`training.encode`), so the decoder is an illustrator who works from a
 description and the encoder a reader of pictures. Both begin on the coarsest grids, where a step is
-cheap: the decoder's coarse half learns to draw with a linear head in place of its fine half, then all
-of it on crops. The encoder reaches the coarsest grid by principal components, level by level, in closed
-form, and learns there to read, as a classifier would.
+cheap: the decoder's coarse half learns to draw with a linear head in place of its fine half, on whole
+pictures, between steps of all of it, on crops. The encoder reaches the coarsest grid by principal
+components, level by level, in closed form, and learns there to read, as a classifier would.
 
 Latents are given to the decoder with the faults a U-Net's have (`worsened`), and pictures to the
 encoder partly as the decoder draws them: it is those that it will be asked to read.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +44,15 @@ CONFIG = dict(
     sample_size=256,
     scaling_factor=1.0,
 )
-#: The most noise a latent channel is given in training. Where on the figure a patch lies has to stay exact
-#: (0.1 is 6 pixels); colours are what a U-Net is least sure of.
-NOISE = torch.cat([torch.full((COLORS,), 0.6), torch.full((fields.CHANNELS,), 0.25)])
+#: The most noise a latent channel is given in training. Sampled words are the same all over a figure (to .03),
+#: where on the figure a patch lies has to stay exact (0.05 is 3 pixels); colours are what a U-Net is least sure of.
+NOISE = torch.cat([torch.full((COLORS,), 0.6), torch.full((fields.CHANNELS,), 0.1)])
 for ramp in ("u", "v", "x", "y"):
-    NOISE[COLORS:][fields.SLICES[ramp]] = 0.08
+    NOISE[COLORS:][fields.SLICES[ramp]] = 0.05
 #: Pictures whose mean colours are left out altogether, so that the drawing comes from what the fields say.
 COLORLESS = 0.5
+#: Attributes of a picture whose codewords are put off, each.
+DISPLACED = 0.6
 
 
 def _clear(layer: Any) -> None:
@@ -85,12 +86,12 @@ class Crops:
         return latents
 
     def _spot(self, steps: int, g: int, rng: random.Random) -> tuple[int, int, int]:
-        """A picture's number and a corner: of three, the one whose crop has most of a figure in it."""
+        """A picture's number and a corner: of some, the one whose crop has most of a figure in it."""
         i = rng.randrange(self.count)
         if steps == 1:
             return i, 0, 0
         figure = self[i][COLORS + fields.SLICES["figure"].start] > 0
-        corners = [(rng.randrange(steps), rng.randrange(steps)) for _ in range(3)]
+        corners = [(rng.randrange(steps), rng.randrange(steps)) for _ in range(rng.choice((1, 3, 6)))]
         y, x = max(corners, key=lambda at: figure[at[0] : at[0] + g, at[1] : at[1] + g].sum())
         return i, y, x
 
@@ -107,23 +108,65 @@ class Crops:
 # --------------------------------------------------------------------------- the decoder
 
 
+def displaced(shown: Tensor) -> Tensor:
+    """Fields (batch, fields.CHANNELS, h, w) whose codewords are put off the way a U-Net's are.
+
+    What it samples is constant over a figure but seldom a word: guidance takes what a prompt tells beyond
+    its word, and what nothing decided stays somewhere between all of them. Here the words of a picture are
+    pulled towards a random mixture of all, or pushed away from it, as far as each is still the nearest.
+    """
+    out = shown.clone()
+    for name, words_of in (fields.FIGURE_WORDS | fields.SCENE_WORDS).items():
+        words = torch.from_numpy(words_of)
+        part, count = fields.SLICES[name], len(words)
+        patches = shown[:, part].permute(0, 2, 3, 1)
+        distance, word = (patches[..., None, :] - words).square().sum(-1).min(-1)
+        mixture = (torch.randn(len(shown), 1, count) * torch.rand(len(shown), 1, 1) * 3).softmax(-1) @ words
+        amount = torch.empty(len(shown), count, 1).uniform_(-0.5, 1)
+        amount *= torch.rand(len(shown), 1, 1) < DISPLACED
+        table = torch.lerp(words.expand(len(shown), -1, -1), mixture.expand(-1, count, -1), amount)
+        for _ in range(3):
+            nearest = (table[:, :, None] - words).square().sum(-1).argmin(-1, keepdim=True)
+            table = torch.where(nearest == torch.arange(count)[:, None], table, (table + words) / 2)
+        moved = torch.stack([rows[at] for rows, at in zip(table, word, strict=True)])
+        # a figure between two actions is between two words, and what has no hat has no hat's colour
+        out[:, part] = torch.where((distance < 0.02)[..., None], moved, patches).permute(0, 3, 1, 2)
+    return out
+
+
 def worsened(latents: Tensor) -> Tensor:
-    """Latents with the faults a U-Net's have: a little noise on everything, and mean colours that are far
-    off, blurred over their neighbours or not there at all."""
+    """Latents with the faults a U-Net's have: words put off, a little noise on everything, and mean colours
+    that are far off, blurred over their neighbours, partly another picture's or not there at all."""
+
+    def some(share: float) -> Tensor:
+        return (torch.rand(len(latents), 1, 1, 1) < share).float()
+
     noise = NOISE.view(1, -1, 1, 1) * torch.rand(len(latents), 1, 1, 1)
-    means, rest = latents[:, :COLORS], latents[:, COLORS:]
+    means, rest = latents[:, :COLORS], displaced(latents[:, COLORS:])
     blurred = F.avg_pool2d(F.pad(means, (1, 1, 1, 1), mode="replicate"), 3, 1)
     means = torch.lerp(means, blurred, torch.rand(len(latents), 1, 1, 1))
+    means = torch.lerp(means, means.roll(1, 0), 0.6 * torch.rand(len(latents), 1, 1, 1) * some(0.5))
     noisy = torch.cat([means, rest], 1) + noise * torch.randn_like(latents)
-    noisy[:, :COLORS] *= torch.rand(len(latents), 1, 1, 1) >= COLORLESS
+    noisy[:, :COLORS] *= 1 - some(COLORLESS)
     return noisy
 
 
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 plus L1 of the finite differences: flat areas flat, contours where they belong."""
-    loss = F.l1_loss(output, target) + 0.5 * F.mse_loss(output, target)
+def pixel_weights(latents: Tensor, target: Tensor) -> Tensor:
+    """What an error of each pixel counts, mean about 1: (batch, 1, height, width). Figures three times their
+    scenery, and pictures of little contrast (the night) as much as others."""
+    figure = F.interpolate(spread_loss(latents), scale_factor=fields.PATCH, mode="nearest")
+    return figure * 0.5 / (target.std((1, 2, 3), keepdim=True) + 0.1)
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """L1 plus L1 of the finite differences: flat areas flat, contours where they belong; `weight` is that of
+    `pixel_weights`."""
+    weight = torch.ones_like(target[:, :1]) if weight is None else weight
+    error = output - target
+    loss = (weight * (error.abs() + 0.5 * error.square())).mean()
     for axis in (2, 3):
-        loss = loss + 0.5 * F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
+        difference = output.diff(dim=axis) - target.diff(dim=axis)
+        loss = loss + 0.5 * (weight.narrow(axis, 1, weight.shape[axis] - 1) * difference.abs()).mean()
     return loss
 
 
@@ -154,35 +197,25 @@ class CoarseHalf(nn.Module):
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Teach the decoder to draw what latents say: its coarse half for `--coarse-minutes`, then all of it."""
+    """Teach the decoder to draw what latents say. Two steps of three are of its coarse half alone, on whole
+    pictures, until `--coarse` of the run; the third of all of it, on crops."""
     pictures, exact = Pictures(args.data), Crops(args.data)
     torch.manual_seed(args.seed)
     vae = _load(args.start_from) if args.start_from else build()
-
-    def batches(training: Training, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = random.Random(training.seed)
-        for _ in training:
-            latents, target = exact.draw(pictures, batch, size, rng)
-            yield worsened(latents).contiguous(memory_format=torch.channels_last), target
-
-    if args.coarse_minutes:
-        coarse = CoarseHalf(vae)
-        channels_last(coarse)
-        options = argparse.Namespace(**vars(args) | {"minutes": args.coarse_minutes})
-        training = Training("decoder-coarse", coarse, options, ema=0.995, warmup=30)
-        for latents, target in batches(training, 256, 16):
-            with half_precision():
-                output = coarse(latents).float()
-            training.learn(reconstruction_loss(output, target), psnr=psnr(output.detach(), target))
-        training.finish()
-    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    channels_last(decoder)
-    decoder.train()
-    training = Training("decoder", decoder, args, ema=0.995, warmup=30)
-    for latents, target in batches(training, args.crop, args.batch):
+    coarse = CoarseHalf(vae)
+    learning = nn.ModuleDict({"coarse": coarse, "decoder": vae.decoder})
+    channels_last(learning)
+    learning.train()
+    training = Training("decoder", learning, args, ema=0.995, warmup=30, log_every=24)
+    rng = random.Random(training.seed)
+    for step in training:
+        whole = bool(training.done < args.coarse and step % 3)
+        latents, target = exact.draw(pictures, args.batch // 2 if whole else args.batch, 256 if whole else 128, rng)
+        weight = pixel_weights(latents, target)
+        rough = worsened(latents).contiguous(memory_format=torch.channels_last)
         with half_precision():
-            output = vae.decode(latents).sample.float()
-        training.learn(reconstruction_loss(output, target), psnr=psnr(output.detach(), target))
+            output = (coarse(rough) if whole else vae.decode(rough).sample).float()
+        training.learn(reconstruction_loss(output, target, weight), psnr=psnr(output.detach(), target))
     training.finish()
     vae.eval()
     with torch.no_grad():
@@ -368,11 +401,10 @@ def _load(folder: Path) -> AutoencoderKL:
 
 
 def main() -> None:
-    parser = training_options(__doc__, MODEL, steps=2000, batch=32, lr=2e-3)
+    parser = training_options(__doc__, MODEL, steps=2000, batch=16, lr=2e-3)
     parser.add_argument("part", choices=("encoder", "decoder"))
-    parser.add_argument("--crop", type=int, default=128, help="pixels; the decoder's pictures")
     parser.add_argument(
-        "--coarse-minutes", type=float, default=0, help="of the decoder's coarse half, before all of it"
+        "--coarse", type=float, default=0.7, help="share of the run that is mostly of the decoder's coarse half"
     )
     parser.add_argument("--redrawn", type=int, default=4000, help="pictures the encoder sees as the decoder draws them")
     parser.add_argument("--fresh", action="store_true", help="begin the encoder anew; the decoder is kept")
