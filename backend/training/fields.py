@@ -93,10 +93,10 @@ SLICES = _layout()
 CHANNELS = max(part.stop for part in SLICES.values())
 
 
-def owners(scene: world.Scene) -> NDArray[np.int64]:
+def owners(scene: world.Scene, view: world.View = world.WHOLE) -> NDArray[np.int64]:
     """Whose each patch is: (GRID, GRID), 0 for the scenery, n for the nth of `world.figures`."""
     fine = 4
-    seen = world.silhouettes(scene, GRID * fine).reshape(GRID, fine, GRID, fine)
+    seen = world.silhouettes(scene, GRID * fine, view).reshape(GRID, fine, GRID, fine)
     count = len(world.figures(scene))
     shares = np.stack([(seen == n).mean((1, 3)) for n in range(1, count + 1)])
     return np.where(shares.max(0) >= LEAST_SHARE, shares.argmax(0) + 1, 0)
@@ -108,7 +108,7 @@ def waves(position: Array, lengths: tuple[float, ...]) -> Array:
     return np.stack([wave(phase) for phase in phases for wave in (np.sin, np.cos)]).astype(np.float32)
 
 
-def _draw_cell(cell: world.Cell, layout: str, window: Array) -> None:
+def _draw_cell(cell: world.Cell, layout: str, window: Array, view: world.View) -> None:
     """What the patches of one cell, (CHANNELS, rows, columns), say of their scene."""
     if layout != "sheet":
         for name, words in SCENE_WORDS.items():
@@ -117,7 +117,7 @@ def _draw_cell(cell: world.Cell, layout: str, window: Array) -> None:
                 window[SLICES[name]] = word[:, None, None]
         window[SLICES["staging"]] = 2 * (cell.seed % world.STAGINGS) / (world.STAGINGS - 1) - 1
     window[SLICES["mirror"]] = float(layout == "mirror")
-    y, x = (np.mgrid[0 : window.shape[1], 0 : window.shape[2]] * PATCH + PATCH / 2).astype(np.float32)
+    y, x = _places(window.shape[1], window.shape[2], view)
     for name, position in (("x", x), ("y", y)):
         extent = PATCH * window.shape[2 if name == "x" else 1]
         window[SLICES[name]] = 2 * position / extent - 1
@@ -131,16 +131,22 @@ def action_word(figure: world.Figure) -> Array:
     return word + figure.phase * (words[names.index(figure.then)] - word) if figure.then else word
 
 
-def draw(scene: world.Scene) -> Array:
-    """The fields of a scene: (CHANNELS, GRID, GRID)."""
+def _places(rows: int, columns: int, view: world.View) -> tuple[Array, Array]:
+    """Where in the picture the patches' middles lie, y and x: (rows, columns) each, pixels."""
+    y, x = (np.mgrid[0:rows, 0:columns].astype(np.float32) * PATCH + PATCH / 2) / view.zoom
+    return y + view.top, x + view.left
+
+
+def draw(scene: world.Scene, view: world.View = world.WHOLE) -> Array:
+    """The fields of a scene, as far as `view` shows it: (CHANNELS, GRID, GRID)."""
     out = np.zeros((CHANNELS, GRID, GRID), np.float32)
     out[SLICES["figure"]] = -1
     columns, rows = (1, 1) if len(scene.cells) == 1 else (2, -(-len(scene.cells) // 2))
     for i, cell in enumerate(scene.cells):
         top, left = i // columns * GRID // rows, i % columns * GRID // columns
-        _draw_cell(cell, scene.layout, out[:, top : top + GRID // rows, left : left + GRID // columns])
-    seen = owners(scene)
-    y, x = (np.mgrid[0:GRID, 0:GRID] * PATCH + PATCH / 2).astype(np.float32)
+        _draw_cell(cell, scene.layout, out[:, top : top + GRID // rows, left : left + GRID // columns], view)
+    seen = owners(scene, view)
+    y, x = _places(GRID, GRID, view)
     for n, (figure, x0, y0) in enumerate(world.figures(scene), 1):
         here = seen == n
         traits = vars(figure.character)

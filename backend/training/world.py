@@ -165,6 +165,18 @@ class Scene:
         return truth
 
 
+@dataclass(frozen=True)
+class View:
+    """What a camera sees of a picture: `zoom` (1 or more) times nearer, from its left and top edge on."""
+
+    left: float = 0.0
+    top: float = 0.0
+    zoom: float = 1.0
+
+
+WHOLE = View()
+
+
 # --------------------------------------------------------------------------- sampling
 
 
@@ -902,21 +914,22 @@ def cell_svg(cell: Cell, w: float, h: float, layout: str = "single") -> str:
     return f"<defs>{defs}</defs>{out}"
 
 
-def _document(body: str, size: int) -> str:
+def _document(body: str, size: int, view: View = WHOLE) -> str:
+    side = SIZE / view.zoom
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" '
-        f'viewBox="0 0 {SIZE} {SIZE}">{body}</svg>'
+        f'viewBox="{view.left:.3f} {view.top:.3f} {side:.3f} {side:.3f}">{body}</svg>'
     )
 
 
-def svg(scene: Scene, size: int = SIZE) -> str:
+def svg(scene: Scene, size: int = SIZE, view: View = WHOLE) -> str:
     """The scene as an SVG document of `size` pixels a side."""
     if len(scene.cells) == 1:
-        return _document(cell_svg(scene.cells[0], SIZE, SIZE, scene.layout), size)
+        return _document(cell_svg(scene.cells[0], SIZE, SIZE, scene.layout), size, view)
     columns, rows = 2, math.ceil(len(scene.cells) / 2)
     w, h = SIZE / columns, SIZE / rows
     body = f'<rect width="{SIZE}" height="{SIZE}" fill="#fffdf6"/>'
-    return _document(body + _grid([cell_svg(cell, w, h) for cell in scene.cells], w, h), size)
+    return _document(body + _grid([cell_svg(cell, w, h) for cell in scene.cells], w, h), size, view)
 
 
 def _grid(cells: Sequence[str], w: float, h: float) -> str:
@@ -936,9 +949,9 @@ def rasterize(document: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(bgr[..., ::-1])
 
 
-def draw(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
+def draw(scene: Scene, size: int = SIZE, view: View = WHOLE) -> NDArray[np.uint8]:
     """The scene as pixels: (size, size, 3) RGB."""
-    return rasterize(svg(scene, size))
+    return rasterize(svg(scene, size, view))
 
 
 def figures(scene: Scene) -> list[tuple[Figure, float, float]]:
@@ -951,7 +964,7 @@ def figures(scene: Scene) -> list[tuple[Figure, float, float]]:
     ]
 
 
-def silhouettes(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
+def silhouettes(scene: Scene, size: int = SIZE, view: View = WHOLE) -> NDArray[np.uint8]:
     """Who is seen where: (size, size), 0 for the scenery, n for the nth of `figures(scene)`."""
     step, n, cells = 20, 0, []
     for cell in scene.cells:
@@ -962,7 +975,7 @@ def silhouettes(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
         cells.append(body)
     drawn = cells[0] if len(cells) == 1 else _grid(cells, SIZE / 2, SIZE / math.ceil(len(cells) / 2))
     background = f'<rect width="{SIZE}" height="{SIZE}" fill="#000000"/>'
-    shades = rasterize(_document(f'{background}<g shape-rendering="crispEdges">{drawn}</g>', size))[..., 0]
+    shades = rasterize(_document(f'{background}<g shape-rendering="crispEdges">{drawn}</g>', size, view))[..., 0]
     return np.asarray(shades // step, np.uint8)
 
 
