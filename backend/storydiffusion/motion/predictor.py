@@ -1,0 +1,127 @@
+"""The Semantic Motion Predictor (Zhou et al., NeurIPS 2024, arXiv 2405.01434, section 3.2).
+
+For two panels F_s and F_e, and frames l = 1 .. L between them:
+
+    K_s, K_e = E(F_s), E(F_e)                  tokens of an image encoder that keep the spatial layout
+    K_1 .. K_L = interpolate(K_s, K_e)         linear
+    P_1 .. P_L = B(K_1 .. K_L)                 the transformer here
+    V_l = CrossAttention(V_l, [T ; P_l])       text and predicted tokens as keys and values of frame l
+
+B is K plus what a transformer finds to change in it, and that starts at zero: untrained, the predictor is the
+interpolation. Frames are told apart by where they lie between the panels, 0 to 1, so that one trained for 16 of
+them serves 12 or 24. The first and the last are the panels themselves: what is predicted for them is K_s and K_e.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+def interpolate(start: Tensor, end: Tensor, times: Tensor) -> Tensor:
+    """K_1 .. K_L: (batch, tokens, channels) twice and times (frames,), 0 to 1 ->
+    (batch, frames, tokens, channels)."""
+    return torch.lerp(start[:, None], end[:, None], times.to(start).view(1, -1, 1, 1))
+
+
+def frame_times(frames: int) -> Tensor:
+    """Where `frames` frames lie between two panels when they are evenly spaced: (frames,), 0 to 1."""
+    return torch.linspace(0, 1, frames)
+
+
+def _waves(times: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of times (frames,), 0 to 1: (frames, channels)."""
+    frequencies = math.pi * 2 ** torch.linspace(0, 6, channels // 2, device=times.device, dtype=times.dtype)
+    phases = times[:, None] * frequencies
+    return torch.cat([phases.sin(), phases.cos()], 1)
+
+
+class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """B, and the projection of its tokens to what the U-Net's cross-attention reads.
+
+    Args:
+        channels: of the image encoder's tokens (ViT-H-14: 1280).
+        tokens: of them a picture, in the order the encoder gives them.
+        width, layers, heads: of the transformer. Each layer looks along the frames, then across a frame.
+        cross_attention_dim: of the U-Net's text tokens; None where the tokens go through another projection
+            (IP-Adapter's for the public SD1.5 weights), and `forward` gives K's own channels.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 1280,
+        tokens: int = 257,
+        width: int = 512,
+        layers: int = 8,
+        heads: int = 8,
+        cross_attention_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(channels)
+        self.proj_in = nn.Linear(channels, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.times = nn.Linear(width, width)
+
+        def layer() -> nn.TransformerEncoderLayer:
+            return nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+
+        self.along = nn.ModuleList([layer() for _ in range(layers)])
+        self.across = nn.ModuleList([layer() for _ in range(layers)])
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_out = nn.Linear(width, channels)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        self.to_context = (
+            nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, cross_attention_dim))
+            if cross_attention_dim
+            else nn.Identity()
+        )
+
+    def predict(self, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
+        """P_1 .. P_L in the encoder's own space.
+
+        Args:
+            start, end: K_s and K_e, (batch, tokens, channels).
+            times: where the frames lie between the panels, (frames,), 0 to 1.
+
+        Returns:
+            (batch, frames, tokens, channels).
+        """
+        straight = interpolate(start, end, times)
+        when = self.times(_waves(times.to(straight), self.config["width"]))
+        h = self.proj_in(self.norm_in(straight)) + self.positions + when[:, None]
+        for along, across in zip(self.along, self.across, strict=True):
+            batch, frames, tokens, _ = h.shape
+            h = along(h.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, tokens)).transpose(1, 2)
+            h = across(h.flatten(0, 1)).unflatten(0, (batch, frames))
+        change = self.proj_out(self.norm_out(h))
+        # nothing to predict where the panels are: t (1 - t) is 0 there and 1 halfway
+        between = (4 * times * (1 - times)).clamp(0, 1).to(straight).sqrt().view(1, -1, 1, 1)
+        return cast("Tensor", straight + between * change)
+
+    def forward(self, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
+        """What the U-Net's cross-attention reads beside the text: (batch, frames, tokens, cross_attention_dim).
+        Arguments as `predict`."""
+        return cast("Tensor", self.to_context(self.predict(start, end, times)))
+
+
+def joined(text: Tensor, predicted: Tensor) -> Tensor:
+    """[T ; P_l], a row a frame, as a motion U-Net takes it.
+
+    Args:
+        text: (batch, words, channels).
+        predicted: (batch, frames, tokens, channels).
+
+    Returns:
+        (batch * frames, words + tokens, channels).
+    """
+    frames = predicted.shape[1]
+    return torch.cat([text[:, None].expand(-1, frames, -1, -1), predicted.to(text)], 2).flatten(0, 1)
