@@ -176,3 +176,31 @@ def test_how_a_kernel_lies_in_memory_does_not_change_what_it_learns() -> None:
             optimizer.step(1.0)
         learned.append(module.weight.detach().clone())
     assert torch.allclose(*learned, atol=1e-3)
+
+
+def test_only_what_can_be_made_out_is_put_off() -> None:
+    torch.manual_seed(0)
+    shown = torch.from_numpy(np.stack([fields.draw(data.scene(data.HELD_OUT + i, "single")) for i in range(40)]))
+    x0 = torch.cat([torch.randn(40, COLORS, fields.GRID, fields.GRID), shown], 1)
+    timesteps = torch.cat([torch.full((20,), unet.UNSETTLED_BELOW), torch.full((20,), 100)])
+    put_off = unet.unsettled(x0, timesteps)
+    assert torch.equal(put_off[:20], x0[:20]), "no word can be told from noise there"
+    moved = (put_off[20:] != x0[20:]).flatten(1).any(1).float().mean()
+    assert 0.5 < moved < 1
+    assert [fields.read(one[COLORS:].numpy())["kind"] for one in put_off] == [
+        fields.read(one.numpy())["kind"] for one in shown
+    ]
+
+
+@pytest.mark.parametrize("shape", unet.SETTLING_SHAPES)
+def test_small_parts_are_of_the_figure_and_all_of_it_is_seen(shape: tuple[int, int]) -> None:
+    rng = random.Random(0)
+    shown = fields.draw(data.scene(data.HELD_OUT + 1, "single")).astype(np.float16)
+    latents = np.concatenate([np.zeros((COLORS, fields.GRID, fields.GRID), np.float16), shown])
+    figure, seen = shown[fields.SLICES["figure"]][0] > 0, np.zeros((fields.GRID, fields.GRID), bool)
+    for _ in range(60):
+        y, x = unet.window(latents, shape, rng, anywhere=True)
+        assert figure[y, x].shape == shape
+        assert figure[y, x].any()
+        seen[y, x] = True
+    assert seen[figure].all()

@@ -96,7 +96,7 @@ class Plan:
 #: embedded model: its weight is a trade of agreement against poses, which are shared along with the rest.
 PLANS: dict[str, Plan] = {
     "paper": Plan("paper"),
-    "default": Plan("default", where=DECODER, start=0.12, rate=1.0, weight=0.3, reference_weight=1.4, subjects=True),
+    "default": Plan("default", where=DECODER, start=0.12, rate=1.0, weight=0.5, reference_weight=1.4, subjects=True),
     "everywhere": Plan("everywhere", where=EVERYWHERE, rate=1.0),
 }
 

@@ -36,6 +36,7 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.encode                # the latents they are
     python -m training.clip text --minutes 4
     python -m training.unet --minutes {unet_minutes:.0f}
+    python -m training.unet --settle --start-from {model}/unet --batch 48 --lr 1e-3 --minutes 15
     python -m training.vae decoder --coarse-minutes {coarse_minutes:.0f} --minutes {decoder_minutes:.0f}
     python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
     python -m training.clip vision --minutes {vision_minutes:.0f}
@@ -49,7 +50,9 @@ probe's folder).
 
 A latent is 51 numbers for 16 x 16 pixels: their mean colour, and 48 that say what is shown there (whose patch it is,
 of what kind, in which clothes, where on the figure, in which place and where in it: `training/fields.py`). The
-encoder learns to read them off pixels, the decoder to draw from them.
+encoder learns to read them off pixels, the decoder to draw from them. Sampled, such words tended to stay half way
+between all of them where no prompt tells one; the second run of the U-Net is shown words that are put off so, and
+learns to put them right (`unsettled` in `training/unet.py`).
 
 {history}
 

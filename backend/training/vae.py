@@ -3,8 +3,8 @@ then `python -m training.vae encoder --start-from` what that left.
 
 A latent says what is shown (`training.encode`), so the decoder is an illustrator who works from a
 description and the encoder a reader of pictures. Both begin on the coarsest grids, where a step is
-cheap: the decoder's coarse half learns to draw with a linear head in place of its fine half, on whole
-pictures, between steps of all of it, on crops. The encoder reaches the coarsest grid by principal
+cheap: the decoder's coarse half learns to draw with a linear head in place of its fine half, then all
+of it on crops. The encoder reaches the coarsest grid by principal
 components, level by level, in closed form, and learns there to read, as a classifier would.
 
 Latents are given to the decoder with the faults a U-Net's have (`worsened`), and pictures to the
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ for ramp in ("u", "v", "x", "y"):
     NOISE[COLORS:][fields.SLICES[ramp]] = 0.05
 #: Pictures whose mean colours are left out altogether, so that the drawing comes from what the fields say.
 COLORLESS = 0.5
+#: Where on a figure its head begins, in the units of the field `v` (feet at 1, the top of a head at -0.5).
+HEAD = 0.2
 #: Attributes of a picture whose codewords are put off, each.
 DISPLACED = 0.6
 
@@ -153,9 +156,15 @@ def worsened(latents: Tensor) -> Tensor:
 
 def pixel_weights(latents: Tensor, target: Tensor) -> Tensor:
     """What an error of each pixel counts, mean about 1: (batch, 1, height, width). Figures three times their
-    scenery, and pictures of little contrast (the night) as much as others."""
-    figure = F.interpolate(spread_loss(latents), scale_factor=fields.PATCH, mode="nearest")
-    return figure * 0.5 / (target.std((1, 2, 3), keepdim=True) + 0.1)
+    scenery, heads and hats four times, and pictures of little contrast
+    (the night) as much as others."""
+    head = (latents[:, COLORS + fields.SLICES["v"].start, None] < HEAD) & (spread_loss(latents) > 1)
+    weight = spread_loss(latents) + 0.6 * head
+    return (
+        F.interpolate(weight, scale_factor=fields.PATCH, mode="nearest")
+        * 0.5
+        / (target.std((1, 2, 3), keepdim=True) + 0.1)
+    )
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -197,24 +206,35 @@ class CoarseHalf(nn.Module):
 
 
 def train_decoder(args: argparse.Namespace) -> None:
-    """Teach the decoder to draw what latents say. Two steps of three are of its coarse half alone, on whole
-    pictures, until `--coarse` of the run; the third of all of it, on crops."""
+    """Teach the decoder to draw what latents say: its coarse half for `--coarse-minutes`, then all of it."""
     pictures, exact = Pictures(args.data), Crops(args.data)
     torch.manual_seed(args.seed)
     vae = _load(args.start_from) if args.start_from else build()
-    coarse = CoarseHalf(vae)
-    learning = nn.ModuleDict({"coarse": coarse, "decoder": vae.decoder})
-    channels_last(learning)
-    learning.train()
-    training = Training("decoder", learning, args, ema=0.995, warmup=30, log_every=24)
-    rng = random.Random(training.seed)
-    for step in training:
-        whole = bool(training.done < args.coarse and step % 3)
-        latents, target = exact.draw(pictures, args.batch // 2 if whole else args.batch, 256 if whole else 128, rng)
-        weight = pixel_weights(latents, target)
-        rough = worsened(latents).contiguous(memory_format=torch.channels_last)
+
+    def batches(training: Training, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        rng = random.Random(training.seed)
+        for _ in training:
+            latents, target = exact.draw(pictures, batch, size, rng)
+            rough = worsened(latents).contiguous(memory_format=torch.channels_last)
+            yield rough, target, pixel_weights(latents, target)
+
+    if args.coarse_minutes:
+        coarse = CoarseHalf(vae)
+        channels_last(coarse)
+        options = argparse.Namespace(**vars(args) | {"minutes": args.coarse_minutes})
+        training = Training("decoder-coarse", coarse, options, ema=0.995, warmup=30)
+        for latents, target, weight in batches(training, 256, 16):
+            with half_precision():
+                output = coarse(latents).float()
+            training.learn(reconstruction_loss(output, target, weight), psnr=psnr(output.detach(), target))
+        training.finish()
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    channels_last(decoder)
+    decoder.train()
+    training = Training("decoder", decoder, args, ema=0.995, warmup=30)
+    for latents, target, weight in batches(training, args.crop, args.batch):
         with half_precision():
-            output = (coarse(rough) if whole else vae.decode(rough).sample).float()
+            output = vae.decode(latents).sample.float()
         training.learn(reconstruction_loss(output, target, weight), psnr=psnr(output.detach(), target))
     training.finish()
     vae.eval()
@@ -401,10 +421,11 @@ def _load(folder: Path) -> AutoencoderKL:
 
 
 def main() -> None:
-    parser = training_options(__doc__, MODEL, steps=2000, batch=16, lr=2e-3)
+    parser = training_options(__doc__, MODEL, steps=2000, batch=32, lr=2e-3)
     parser.add_argument("part", choices=("encoder", "decoder"))
+    parser.add_argument("--crop", type=int, default=128, help="pixels; the decoder's pictures")
     parser.add_argument(
-        "--coarse", type=float, default=0.7, help="share of the run that is mostly of the decoder's coarse half"
+        "--coarse-minutes", type=float, default=0, help="of the decoder's coarse half, before all of it"
     )
     parser.add_argument("--redrawn", type=int, default=4000, help="pictures the encoder sees as the decoder draws them")
     parser.add_argument("--fresh", action="store_true", help="begin the encoder anew; the decoder is kept")
