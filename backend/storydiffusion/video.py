@@ -185,7 +185,9 @@ class _Palette:
 
     def __init__(self, video: Any, rate: Fraction) -> None:
         graph = av.filter.Graph()
-        source = graph.add_buffer(width=video.width, height=video.height, format="rgb24", time_base=1 / rate)
+        source = graph.add_buffer(
+            width=video.width, height=video.height, format=av.VideoFormat("rgb24"), time_base=1 / rate
+        )
         split, choose = graph.add("split"), graph.add("palettegen", "stats_mode=single")
         use, end = graph.add("paletteuse", "new=1:dither=sierra2_4a"), graph.add("buffersink")
         source.link_to(split)

@@ -72,7 +72,8 @@ def shown(frame: Frame) -> fields.Array:
     out = fields.draw(frame.scene, frame.view)
     if frame.later is None or not frame.blend:
         return out
-    return out + np.float32(frame.blend) * (fields.draw(frame.later, frame.view) - out)
+    blended: fields.Array = out + np.float32(frame.blend) * (fields.draw(frame.later, frame.view) - out)
+    return blended
 
 
 def trajectory(clip: Clip) -> list[tuple[float, float]]:
@@ -206,7 +207,7 @@ def _camera(rng: random.Random, scene: Scene, figure: Figure, *, zooming: bool) 
 
     def at(t: float) -> Frame:
         k = eased(t)
-        zoomed = far.zoom * (near.zoom / far.zoom) ** k
+        zoomed: float = far.zoom * (near.zoom / far.zoom) ** k
         side = world.SIZE / zoomed
 
         def edge(a: float, b: float, full: float) -> float:

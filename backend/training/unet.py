@@ -37,7 +37,7 @@ from training.encode import CHANNELS, COLORS
 from training.fields import GRID
 
 #: How pictures are made of it, here and in its preset.
-STEPS, GUIDANCE, RESCALE = 16, 3.0, 0.5
+STEPS, GUIDANCE = 16, 2.0
 
 
 def build() -> UNet2DConditionModel:
@@ -112,7 +112,7 @@ SHAPE_ODDS = (70, 6, 4, 4, 7, 5, 4)
 
 #: The same where only words are to be put right: small parts of a figure, any part of it.
 SETTLING_SHAPES = ((16, 16), (8, 8), (8, 10), (10, 8))
-SETTLING_ODDS = (15, 45, 20, 20)
+SETTLING_ODDS = (50, 24, 13, 13)
 
 
 def window(
@@ -148,12 +148,14 @@ UNSETTLED, UNSETTLED_BELOW, SETTLING_BELOW = 0.8, 750, 450
 
 
 def unsettled(x0: Tensor, timesteps: Tensor) -> Tensor:
-    """What is noised in place of x0 (batch, CHANNELS, h, w): the same with its words put off and its mean
-    colours blurred, where the noise is low enough for a word to be made out."""
+    """What is noised in place of x0 (batch, CHANNELS, h, w): the same with its words put off, where the noise is
+    low enough for a word to be made out, and its mean colours blurred or another picture's: were they true,
+    words would be read off them."""
     chosen = ((torch.rand(len(x0)) < UNSETTLED) & (timesteps < UNSETTLED_BELOW)).view(-1, 1, 1, 1)
     means, shown = x0[:, :COLORS], x0[:, COLORS:]
     blurred = F.avg_pool2d(F.pad(means, (1, 1, 1, 1), mode="replicate"), 3, 1)
     means = torch.lerp(means, blurred, torch.rand(len(x0), 1, 1, 1))
+    means = torch.lerp(means, means.roll(1, 0), torch.rand(len(x0), 1, 1, 1) * (torch.rand(len(x0), 1, 1, 1) < 0.7))
     return torch.where(chosen, torch.cat([means, vae.displaced(shown)], 1), x0)
 
 
@@ -195,7 +197,6 @@ def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guida
         list(SAMPLE_PROMPTS),
         num_inference_steps=STEPS,
         guidance_scale=guidance,
-        guidance_rescale=RESCALE,
         output_type="latent",
         generator=[torch.Generator().manual_seed(i) for i in range(len(SAMPLE_PROMPTS))],
     ).images
@@ -206,7 +207,7 @@ def show(unet: UNet2DConditionModel, args: argparse.Namespace, path: Path, guida
         drawn = F.interpolate(latents[:, :COLORS], scale_factor=fields.PATCH, mode="nearest")
     images = drawn.permute(0, 2, 3, 1).numpy().clip(-1, 1)
     rows = [np.concatenate(list(images[i : i + 4]), 1) for i in (0, 4)]
-    cv2.imwrite(str(path), ((np.concatenate(rows) + 1) * 127.5).round()[..., ::-1])
+    cv2.imwrite(str(path), ((np.concatenate(rows) + 1) * 127.5).round().astype(np.uint8)[..., ::-1])
 
 
 @torch.no_grad()
@@ -224,7 +225,6 @@ def told(unet: UNet2DConditionModel, args: argparse.Namespace, count: int = 40) 
             [caption.text for caption in chunk],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
-            guidance_rescale=RESCALE,
             output_type="latent",
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
         ).images
@@ -285,8 +285,10 @@ def train(args: argparse.Namespace) -> None:
         noise = torch.randn_like(x0)
         # stratified over the batch: less noise in the gradient for free
         u = (torch.arange(len(numbers)) + torch.rand(len(numbers))) / len(numbers)
-        if args.settle:
-            u *= torch.where(torch.rand(len(u)) < 0.85, SETTLING_BELOW / 1000, 1.0)
+        if args.settle and shape == SETTLING_SHAPES[0]:  # whole pictures: what is decided early, how many there are
+            u = 1 - u * (1 - SETTLING_BELOW / 1000)
+        elif args.settle:  # of a part of one that could only be guessed, and learned wrong
+            u *= SETTLING_BELOW / 1000
         timesteps = (u * 1000).long().clamp(max=999)
         noisy = noise_schedule.add_noise(unsettled(x0, timesteps), noise, timesteps)
         with half_precision():

@@ -55,7 +55,7 @@ COLORLESS = 0.5
 #: Where on a figure its head begins, in the units of the field `v` (feet at 1, the top of a head at -0.5).
 HEAD = 0.2
 #: Attributes of a picture whose codewords are put off, each.
-DISPLACED = 0.6
+DISPLACED = 0.75
 
 
 def _clear(layer: Any) -> None:
@@ -115,8 +115,9 @@ def displaced(shown: Tensor) -> Tensor:
     """Fields (batch, fields.CHANNELS, h, w) whose codewords are put off the way a U-Net's are.
 
     What it samples is constant over a figure but seldom a word: guidance takes what a prompt tells beyond
-    its word, and what nothing decided stays somewhere between all of them. Here the words of a picture are
-    pulled towards a random mixture of all, or pushed away from it, as far as each is still the nearest.
+    its word, and what nothing decided stays somewhere between two or all of them. Here the words of a picture
+    are pulled towards another or a random mixture of all, or pushed away from it, as far as each is still the
+    nearest.
     """
     out = shown.clone()
     for name, words_of in (fields.FIGURE_WORDS | fields.SCENE_WORDS).items():
@@ -124,10 +125,11 @@ def displaced(shown: Tensor) -> Tensor:
         part, count = fields.SLICES[name], len(words)
         patches = shown[:, part].permute(0, 2, 3, 1)
         distance, word = (patches[..., None, :] - words).square().sum(-1).min(-1)
-        mixture = (torch.randn(len(shown), 1, count) * torch.rand(len(shown), 1, 1) * 3).softmax(-1) @ words
+        sharpness = torch.where(torch.rand(len(shown), 1, 1) < 0.5, 30, 3 * torch.rand(len(shown), 1, 1))
+        mixture = (torch.randn(len(shown), count, count) * sharpness).softmax(-1) @ words
         amount = torch.empty(len(shown), count, 1).uniform_(-0.5, 1)
         amount *= torch.rand(len(shown), 1, 1) < DISPLACED
-        table = torch.lerp(words.expand(len(shown), -1, -1), mixture.expand(-1, count, -1), amount)
+        table = torch.lerp(words.expand(len(shown), -1, -1), mixture, amount)
         for _ in range(3):
             nearest = (table[:, :, None] - words).square().sum(-1).argmin(-1, keepdim=True)
             table = torch.where(nearest == torch.arange(count)[:, None], table, (table + words) / 2)

@@ -86,7 +86,7 @@ def test_four_lines_and_one_click_make_four_group_layers_with_art(told: harness.
         assert [layer["name"] for layer in made["layers"] if layer["parent"] == group["id"]] == ["Take 1"]
     assert len({group["pixels"] for group in groups}) == 4, "panels look alike: there is no art in them"
     assert all(panel["state"] == "done" and panel["picture"] for panel in made["shown"]["panels"])
-    assert made["shown"]["characters"] == [["Mira", "a bear in a plain coat"]]
+    assert made["shown"]["characters"] == [["Mira", "a cat in a plain coat"]]
 
 
 def test_undo_removes_them_and_redo_brings_them_back(told: harness.Ran) -> None:

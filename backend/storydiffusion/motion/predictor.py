@@ -52,7 +52,7 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
             (IP-Adapter's for the public SD1.5 weights), and `forward` gives K's own channels.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         channels: int = 1280,
