@@ -147,7 +147,7 @@ def krita(
                 time.sleep(0.05)
             if kill:
                 process.kill()
-            code = process.wait(1) if process.poll() is not None or kill else None
+            code = process.wait(10) if process.poll() is not None or kill else None
             until = time.monotonic() + 5
             while (left := marked(stage)) and code is not None and time.monotonic() < until:
                 time.sleep(0.05)
