@@ -36,7 +36,7 @@ from training.common import MODEL, Training, half_precision, training_options
 from training.encode import CHANNELS, COLORS
 from training.fields import GRID
 
-#: How pictures are made of it, here and in its preset.
+#: How pictures are made of it here; its preset guides them in the first part of the schedule only.
 STEPS, GUIDANCE = 16, 2.0
 
 
