@@ -23,7 +23,7 @@ from storydiffusion.server.app import Server
 from storydiffusion.server.engine import Engine
 from storydiffusion.server.jobs import Report, Run
 from storydiffusion.server.work import Pixels, Work
-from tiny import tiny_sd15
+from tiny import tiny_motion, tiny_sd15
 
 TOKEN = "t" * 42 + "-"
 BOUNDARY = "boundary-of-parts"
@@ -113,7 +113,10 @@ def parse_events(lines: Any) -> Iterator[Told]:
 def unpack(content: bytes) -> tuple[dict[str, Any], dict[str, Pixels]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         index = json.loads(archive.read("result.json"))
-        return index, {p["panel"]: np.array(Image.open(archive.open(p["file"]))) for p in index["panels"]}
+        return index, {
+            p["panel"] if p["frame"] is None else p["file"]: np.array(Image.open(archive.open(p["file"])))
+            for p in index["panels"]
+        }
 
 
 def multipart(request: Any, images: Sequence[bytes] = (), types: Sequence[str] = ()) -> bytes:
@@ -155,6 +158,13 @@ def story(panels: int = 2, **more: Any) -> dict[str, Any]:
     }
 
 
+def transition(frames: int = 5, *between: int, **more: Any) -> dict[str, Any]:
+    """A stretch whose first, last and `between` frames are images 0, 1, 2 ..."""
+    given = [0, frames - 1, *between]
+    keyframes = [{"frame": frame, "image": image} for image, frame in enumerate(given)]
+    return {"kind": "transition", "id": "p1-p2", "story": story(), "frames": frames, "keyframes": keyframes, **more}
+
+
 def generate(panels: int = 2, **more: Any) -> dict[str, Any]:
     return {"kind": "generate", "story": story(panels), **more}
 
@@ -181,11 +191,11 @@ class Script:
             raise self.error
         for step in (1, 2, 3):
             report.step(work.panels, step, 3)
-        return [np.full((8, 8, 3), i, np.uint8) for i in range(len(work.targets))]
+        return [np.full((8, 8, 3), i, np.uint8) for i in range(len(work.outputs))]
 
 
 def tiny_engine() -> Engine:
-    return Engine(open_model=lambda source, **_: tiny_sd15())
+    return Engine(open_model=lambda source, **_: tiny_sd15(), open_motion=lambda pipe, _: tiny_motion(pipe))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,24 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
+from storydiffusion.motion.parts import Motion
+from storydiffusion.motion.predictor import SemanticMotionPredictor
 from storydiffusion.resources import resources
 
 CONFIGS = resources() / "models" / "configs"
@@ -99,3 +112,47 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
 
 
 TINY: dict[str, Callable[[], Any]] = {"sd15": tiny_sd15, "sdxl": tiny_sdxl}
+
+
+def tiny_motion(pipe: Any) -> Motion:
+    """Motion parts for `tiny_sd15`, their last layers not zero: every part makes a difference."""
+    torch.manual_seed(1)
+    adapter = MotionAdapter((8, 16), 1, motion_num_attention_heads=2, motion_norm_num_groups=4)
+    vision = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=12,
+            intermediate_size=24,
+            projection_dim=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        )
+    )
+    predictor = SemanticMotionPredictor(
+        channels=12,
+        tokens=17,
+        width=16,
+        layers=1,
+        heads=2,
+        cross_attention_dim=16,
+        residual_channels=(8, 8, 8, 16),
+        residual_halvings=(0, 0, 1, 1),
+    )
+    for layer in (predictor.proj_out, *predictor.to_residuals):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    unet = UNetMotionModel.from_unet2d(pipe.unet, adapter).eval()
+    half = (0.5, 0.5, 0.5)
+    return Motion(unet, vision.eval(), predictor.eval(), 32, half, half)
+
+
+def save_motion(motion: Motion, folder: Path) -> Path:
+    """The parts as `open_motion` finds them."""
+    state = {name: value for name, value in motion.unet.state_dict().items() if "motion_modules" in name}
+    adapter = MotionAdapter((8, 16), 1, motion_num_attention_heads=2, motion_norm_num_groups=4)
+    adapter.load_state_dict(state)
+    adapter.save_pretrained(folder / "motion_adapter")
+    motion.predictor.save_pretrained(folder / "predictor")
+    motion.encoder.save_pretrained(folder / "image_encoder")
+    CLIPImageProcessor(image_mean=motion.mean, image_std=motion.std).save_pretrained(folder / "feature_extractor")
+    return folder

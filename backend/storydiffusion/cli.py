@@ -1,4 +1,4 @@
-"""The engine from a shell: `storydiffusion demo | generate | regenerate | evaluate | models | serve | package | krita`.
+"""The engine from a shell: panels, films, measurements, the backend process, the Krita plugin.
 
 Exit codes: 0 done, 1 the request is wrong or a model is missing, 2 the command line is wrong, 3 out of
 memory, 130 interrupted.
@@ -25,6 +25,7 @@ from storydiffusion.errors import (
     StoryDiffusionError,
     StoryError,
 )
+from storydiffusion.film_commands import add_film_commands
 from storydiffusion.package import add_commands
 from storydiffusion.quiet import quiet_libraries
 from storydiffusion.resources import resources
@@ -123,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=run_serve)
 
+    add_film_commands(commands, at_least, _Bar)
     add_commands(commands)
     return top
 

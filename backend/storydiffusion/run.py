@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -295,6 +296,12 @@ def variance_preserving(scheduler: Any, latents: Tensor, noise: Tensor, timestep
     abar = scheduler.alphas_cumprod.to(latents.device, latents.dtype)[timestep]
     noised: Tensor = abar.sqrt() * latents + (1 - abar).sqrt() * noise
     return noised
+
+
+def noise_source(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """Schedulers that add noise take it from one generator a panel; others take none."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if "generator" in accepted else {}
 
 
 def stop_if(cancel: Cancel) -> None:

@@ -9,7 +9,6 @@ references does not depend on which others are made with it; nothing is remember
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from storydiffusion.run import (
     Target,
     Way,
     call_unet,
+    noise_source,
     prepare,
     shares,
     stop_if,
@@ -211,7 +211,7 @@ def denoise(
             predicted = _predict(run, latents, timestep, progress, calls, way, consistency, cancel)
             generators = [torch.Generator().manual_seed(stable_seed(t.seed, "step", step)) for t in targets]
             latents = scheduler.step(
-                predicted, timestep, latents, return_dict=False, **_noise_source(scheduler, generators)
+                predicted, timestep, latents, return_dict=False, **noise_source(scheduler, generators)
             )[0]
             following = timesteps[step + 1] if step + 1 < len(timesteps) else None
             for i, target in enumerate(targets):
@@ -227,12 +227,6 @@ def _noised(run: Run, i: int, timestep: Tensor) -> Tensor:
     """A target's given picture at `timestep`, with the target's own noise."""
     noised: Tensor = run.pipe.scheduler.add_noise(run.start[i : i + 1], run.noise[i : i + 1], timestep.reshape(1))
     return noised
-
-
-def _noise_source(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-    """Schedulers that add noise take it from one generator a panel; others take none."""
-    accepted = inspect.signature(scheduler.step).parameters
-    return {"generator": generators} if "generator" in accepted else {}
 
 
 @contextmanager

@@ -91,8 +91,7 @@ def write_film(path: Path, pictures: Iterable[Picture], rate: Fraction, captions
         ImageError: a picture of another size than the first.
         StoryDiffusionError: it could not be written.
     """
-    if rate <= 0 or rate > 240:
-        raise FilmError(f"A film of {float(rate):g} pictures a second was asked for.", "Use 1 to 240.")
+    check_film(path, rate, captions=bool(captions))
     counted = _alike(pictures)
     first = next(counted, None)
     if first is None:
@@ -100,16 +99,26 @@ def write_film(path: Path, pictures: Iterable[Picture], rate: Fraction, captions
     everything = itertools.chain([first], counted)
     if not path.suffix:
         return _write_folder(path, everything)
-    if path.suffix.lower() not in FORMATS:
-        raise FilmError(f"Films are not written as '{path.suffix}'.", f"Use {', '.join(FORMATS)}, or a folder's name.")
     chosen = FORMATS[path.suffix.lower()]
-    if captions and not chosen.subtitles:
-        raise FilmError(f"A {path.suffix} holds no captions.", "Use .mp4 or .webm, or leave the captions out.")
     with written_whole(path) as partial:
         try:
             return _encode(partial, chosen, first, everything, rate, captions)
         except FFmpegError as error:
             raise FilmError(f"{path} could not be written: {error}.", "Make room, or use another format.") from error
+
+
+def check_film(path: Path, rate: Fraction, *, captions: bool = False) -> None:
+    """Raises FilmError where a film cannot be written so: before its pictures are made, not after."""
+    if rate <= 0 or rate > 240:
+        raise FilmError(f"A film of {float(rate):g} pictures a second was asked for.", "Use 1 to 240.")
+    if path.suffix and path.suffix.lower() not in FORMATS:
+        raise FilmError(f"Films are not written as '{path.suffix}'.", f"Use {', '.join(FORMATS)}, or a folder's name.")
+    if captions and not (path.suffix and FORMATS[path.suffix.lower()].subtitles):
+        raise FilmError(
+            f"{path.suffix or 'A folder'} holds no captions.", "Use .mp4 or .webm, or leave the captions out."
+        )
+    if not path.suffix and path.exists():
+        raise FilmError(f"{path} is there already.", "Choose another name; nothing is overwritten.")
 
 
 def _alike(pictures: Iterable[Picture]) -> Iterator[Picture]:
@@ -128,8 +137,6 @@ def _alike(pictures: Iterable[Picture]) -> Iterator[Picture]:
 
 def _write_folder(folder: Path, pictures: Iterable[Picture]) -> int:
     """PNGs 0001.png, 0002.png ... in a folder that is there when all of them are."""
-    if folder.exists():
-        raise FilmError(f"{folder} is there already.", "Choose another name; nothing is overwritten.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as partial:

@@ -211,7 +211,8 @@ def train_vision(args: argparse.Namespace) -> None:
         )
     )
     heads, text_projection = Heads(WIDTH), nn.Linear(WIDTH, PROJECTION, bias=False)
-    shown = nn.Linear(WIDTH, fields.CHANNELS)
+    # of each of the 2 x 2 latents that a token covers: where things are matters to who has to move them
+    shown = nn.Linear(WIDTH, 4 * fields.CHANNELS)
     exact = [np.load(path, mmap_mode="r") for path in sorted(args.data.glob("latents-*.npy"))]
     logit_scale = nn.Parameter(torch.tensor(2.66))
     learned = nn.ModuleDict({"vision": vision, "heads": heads, "text_projection": text_projection, "shown": shown})
@@ -229,8 +230,8 @@ def train_vision(args: argparse.Namespace) -> None:
         logits = logit_scale.clamp(max=4.6).exp() * F.normalize(seen.image_embeds, dim=-1) @ b.T
         tokens = seen.last_hidden_state
         truth = np.stack([exact[i // data.SHARD][i % data.SHARD][-fields.CHANNELS :] for i in numbers])
-        pooled = F.avg_pool2d(torch.from_numpy(truth.astype(np.float32)), 2).flatten(2).transpose(1, 2)
-        return logits, vision.vision_model.post_layernorm(tokens[:, 0]), F.mse_loss(shown(tokens[:, 1:]), pooled)
+        covered = F.pixel_unshuffle(torch.from_numpy(truth.astype(np.float32)), 2).flatten(2).transpose(1, 2)
+        return logits, vision.vision_model.post_layernorm(tokens[:, 0]), F.mse_loss(shown(tokens[:, 1:]), covered)
 
     for _ in training:
         numbers = [rng.randrange(len(pictures)) for _ in range(args.batch)]

@@ -1,8 +1,9 @@
 """The storyworld in motion: clips whose every frame is known.
 
-A clip is a row of frames; a frame is a scene, what a camera sees of it, and, while night falls, how far
-another scene shines through. So frames can be drawn as pixels (`draw`) or as what their latents say
-(`shown`, which needs no picture), and where the character is in each of them is known (`trajectory`).
+A clip is a row of frames; a frame is a scene, what a camera sees of it, and, while night falls or one place
+becomes another, how far another scene shines through. So frames can be drawn as pixels (`draw`) or as what
+their latents say (`shown`, which needs no picture), and where the character is in each of them is known
+(`trajectory`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from training.data import HELD_OUT
 from training.world import Figure, Scene, View
 
 LENGTH = 16
-MOTIONS = ("walk", "run", "jump", "wave", "turn", "sit", "hat", "pan", "zoom", "nightfall")
+MOTIONS = ("walk", "run", "jump", "wave", "turn", "sit", "hat", "pan", "zoom", "nightfall", "travel")
+#: How often each is learned: from one place to another is what lies between two panels of a story.
+ODDS = (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4)
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,9 @@ def _travel(rng: random.Random, figure: Figure, least: float, most: float) -> tu
 
 def sample_clip(rng: random.Random, motion: str = "", length: int = LENGTH) -> Clip:
     """A random clip of one character; `motion` is one of `MOTIONS`."""
-    motion = motion or rng.choice(MOTIONS)
+    motion = motion or rng.choices(MOTIONS, ODDS)[0]
     who = world.sample_character(rng)
-    action = {"walk": "walking", "run": "walking"}.get(motion, "standing")
+    action = {"walk": "walking", "run": "walking", "travel": rng.choice(world.ACTIONS)}.get(motion, "standing")
     start = world.single(rng, who, framing="far" if rng.random() < 0.3 else "medium", action=action)
     figure = start.cells[0].figures[0]
     if start.framing == "medium":  # from foot to ear in the picture
@@ -229,6 +232,32 @@ def _nightfall(rng: random.Random, scene: Scene, figure: Figure) -> At:
     return at
 
 
+def _travelling(rng: random.Random, scene: Scene, figure: Figure) -> At:
+    """Into another place: the character goes on as one, the places dissolve."""
+    there = world.single(rng, figure.character, framing="far" if rng.random() < 0.2 else "medium")
+    end = there.cells[0].figures[0]
+    scale = min(end.scale, 0.9)
+
+    def at(t: float) -> Frame:
+        k = eased(t)
+        moved = dataclasses.replace(
+            figure,
+            x=figure.x + k * (end.x - figure.x),
+            y=figure.y + k * (end.y - figure.y),
+            scale=figure.scale * (scale / figure.scale) ** k,
+            facing=figure.facing if k < 0.5 else end.facing,  # seen from the front, that is a blink
+            then=end.action,
+            phase=k,
+        )
+        here, later = (
+            dataclasses.replace(one, cells=(dataclasses.replace(one.cells[0], figures=(moved,)),))
+            for one in (scene, there)
+        )
+        return Frame(here, later=later, blend=k)
+
+    return at
+
+
 def _walking(rng: random.Random, scene: Scene, figure: Figure) -> At:
     return _walk(rng, scene, figure, least=24, most=80, steps=2, hop=2)
 
@@ -248,4 +277,5 @@ _MOTIONS: dict[str, Callable[[random.Random, Scene, Figure], At]] = {
     "pan": lambda rng, scene, figure: _camera(rng, scene, figure, zooming=False),
     "zoom": lambda rng, scene, figure: _camera(rng, scene, figure, zooming=True),
     "nightfall": _nightfall,
+    "travel": _travelling,
 }

@@ -7,6 +7,7 @@ probe reads the panels:
     agreement        of the attributes left open: share of pairs of a story's panels that agree
     fidelity         share of the attributes told that are seen
     pose_diversity   share of pairs of a story's panels whose action or position differ
+    miscounted       share of panels in which not exactly one character is seen
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from storydiffusion.pictures import contact_sheet, png_bytes, write_atomically
 from storydiffusion.run import Reference, Settings, Target
 from training import captions, world
 from training.common import MODEL
-from training.probe import load_probe, read
+from training.probe import Seen, load_probe, look, read
 
 Picture = NDArray[np.uint8]
 
@@ -169,12 +170,14 @@ class Row:
     pose_diversity: float
     seconds_per_panel: float
     peak_memory_mb: float
+    miscounted: float = 0.0
     agreement_of: dict[str, float] = field(default_factory=dict)
     fidelity_of: dict[str, float] = field(default_factory=dict)
 
 
-def score(stories: Sequence[EvalStory], seen: Sequence[Sequence[dict[str, str]]]) -> dict[str, Any]:
-    """The three measures from what the probe read of each story's panels."""
+def score(stories: Sequence[EvalStory], looks: Sequence[Sequence[Seen]]) -> dict[str, Any]:
+    """The measures from what the probe saw in each story's panels."""
+    seen = [[one.attributes for one in panels] for panels in looks]
     agree: dict[str, list[float]] = defaultdict(list)
     right: dict[str, list[float]] = defaultdict(list)
     differ: list[float] = []
@@ -195,7 +198,8 @@ def score(stories: Sequence[EvalStory], seen: Sequence[Sequence[dict[str, str]]]
     return {
         "agreement": float(np.mean(list(agreement.values()))),
         "fidelity": float(np.mean(list(fidelity.values()))),
-        "pose_diversity": float(np.mean(differ)),
+        "pose_diversity": float(np.mean(differ)) if differ else 0.0,
+        "miscounted": float(np.mean([one.count != 1 for panels in looks for one in panels])),
         "agreement_of": agreement,
         "fidelity_of": fidelity,
     }
@@ -236,7 +240,7 @@ def measure_row(
             pictures = how(pipe, story, settings)
             seconds += time.perf_counter() - started
             panels += len(pictures)
-            seen.append(read(probe, pictures))
+            seen.append(look(probe, pictures))
             if pictures_folder and story.number < 6:
                 sheet = contact_sheet(pictures, [text for text, _ in story.panels])
                 write_atomically(pictures_folder / f"{name}-{story.number}.png", png_bytes(sheet))
@@ -315,7 +319,7 @@ def evaluate_consistency(
     measured: list[dict[str, Any]] = []
     print(f"{stories} stories, {sum(len(s.panels) for s in chosen)} panels, {settings.num_inference_steps} steps")
     names = list(world.CHARACTER_ATTRIBUTES)
-    header = f"{'row':12} {'agree':>6} {'fidel':>6} {'poses':>6} {'s/panel':>8} {'MB':>6}  "
+    header = f"{'row':12} {'agree':>6} {'fidel':>6} {'poses':>6} {'miscnt':>6} {'s/panel':>8} {'MB':>6}  "
     print(header + " ".join(f"{n[:9]:>9}" for n in names))
     for name in wanted:
         if name == "paint":
@@ -328,7 +332,7 @@ def evaluate_consistency(
             measured.append(row.__dict__)
             cells = " ".join(f"{row.agreement_of.get(n, float('nan')):9.3f}" for n in names)
             print(
-                f"{name:12} {row.agreement:6.3f} {row.fidelity:6.3f} {row.pose_diversity:6.3f} "
+                f"{name:12} {row.agreement:6.3f} {row.fidelity:6.3f} {row.pose_diversity:6.3f} {row.miscounted:6.3f} "
                 f"{row.seconds_per_panel:8.2f} {row.peak_memory_mb:6.0f}  {cells}",
                 flush=True,
             )

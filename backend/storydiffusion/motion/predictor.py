@@ -15,12 +15,14 @@ them serves 12 or 24. The first and the last are the panels themselves: what is 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def interpolate(start: Tensor, end: Tensor, times: Tensor) -> Tensor:
@@ -50,6 +52,10 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
         width, layers, heads: of the transformer. Each layer looks along the frames, then across a frame.
         cross_attention_dim: of the U-Net's text tokens; None where the tokens go through another projection
             (IP-Adapter's for the public SD1.5 weights), and `forward` gives K's own channels.
+        residual_channels: of the U-Net's skip connections, in their order, where tokens also say on the spot what
+            they show (T2I-Adapter, Mou et al. 2023, arXiv 2302.08453); None where cross-attention is enough. A
+            small U-Net's frozen queries ask for words, not for places.
+        residual_halvings: how often each of these connections is halved against the latents.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -61,6 +67,8 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
         layers: int = 8,
         heads: int = 8,
         cross_attention_dim: int | None = None,
+        residual_channels: Sequence[int] | None = None,
+        residual_halvings: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(channels)
@@ -84,6 +92,15 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
             if cross_attention_dim
             else nn.Identity()
         )
+        if residual_channels:
+            self.on_the_spot = nn.Sequential(
+                nn.LayerNorm(channels), nn.Linear(channels, 4 * width), nn.GELU(), nn.Linear(4 * width, 4 * width)
+            )
+            self.mix = nn.Conv2d(width, width, 3, padding=1)
+            self.to_residuals = nn.ModuleList([nn.Conv2d(width, count, 1) for count in residual_channels])
+            for layer_out in self.to_residuals:
+                nn.init.zeros_(layer_out.weight)
+                nn.init.zeros_(layer_out.bias)
 
     def predict(self, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
         """P_1 .. P_L in the encoder's own space.
@@ -111,6 +128,29 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """What the U-Net's cross-attention reads beside the text: (batch, frames, tokens, cross_attention_dim).
         Arguments as `predict`."""
         return cast("Tensor", self.to_context(self.predict(start, end, times)))
+
+    def residuals(self, predicted: Tensor, size: tuple[int, int]) -> tuple[Tensor, ...] | None:
+        """What is added to the U-Net's skip connections, None without `residual_channels`.
+
+        Args:
+            predicted: (batch, frames, tokens, channels); behind a first token that stands for the whole picture,
+                a square of them row by row.
+            size: of the latents, (height, width).
+
+        Returns:
+            (batch * frames, channels, height, width) for each connection.
+        """
+        channels = self.config["residual_channels"]
+        if not channels:
+            return None
+        spatial = self.on_the_spot(predicted[:, :, 1:].flatten(0, 1))
+        side = math.isqrt(spatial.shape[1])
+        grid = F.pixel_shuffle(spatial.transpose(1, 2).unflatten(2, (side, side)), 2)
+        h = F.silu(self.mix(F.interpolate(grid, size, mode="bilinear")))
+        out = []
+        for layer, halvings in zip(self.to_residuals, self.config["residual_halvings"], strict=True):
+            out.append(layer(F.avg_pool2d(h, 2**halvings)))
+        return tuple(out)
 
 
 def joined(text: Tensor, predicted: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from storydiffusion.server.failures import failure_of
 from storydiffusion.server.images import Pixels, encode_png
 from storydiffusion.server.jobs import Report
 from storydiffusion.server.protocol import ModelView, PlacementView
-from storydiffusion.server.work import Work
+from storydiffusion.server.work import FilmWork, Work
+from storydiffusion.story import Story
 
 #: parameters of each component, for models that are not here: SD1.5's and SDXL's own
 PARAMETERS: Mapping[str, Mapping[str, int]] = {
@@ -48,18 +49,33 @@ def _open(source: str | Path, *, width: int, height: int, panels: int) -> Any:
     return open_pipeline(source, width=width, height=height, panels=panels)
 
 
+def _open_motion(pipe: Any, source: str | Path) -> Any:
+    from storydiffusion.models import locate
+    from storydiffusion.motion.parts import motion_folder, open_motion
+
+    path = locate(source)
+    return open_motion(pipe, motion_folder(path), path)
+
+
 class Engine:
     """Runs one job at a time; `run` is called by one thread only.
 
     Args:
         extra: models offered besides the presets, by name: folders or .safetensors files.
         open_model: makes a pipeline ready to run.
+        open_motion: the parts that move a pipeline's pictures.
     """
 
-    def __init__(self, extra: Mapping[str, Path] | None = None, open_model: Open = _open) -> None:
+    def __init__(
+        self,
+        extra: Mapping[str, Path] | None = None,
+        open_model: Open = _open,
+        open_motion: Callable[[Any, str | Path], Any] = _open_motion,
+    ) -> None:
         self._extra = dict(extra or {})
-        self._open = open_model
+        self._open, self._open_motion = open_model, open_motion
         self._pipe: Any = None
+        self._motion: Any = None
         self._loaded: str | None = None
         self._room = 0
 
@@ -98,13 +114,35 @@ class Engine:
             ) from error
         return model
 
-    def run(self, work: Work, report: Report, cancelled: Callable[[], bool]) -> list[Pixels]:
-        """The pictures of a job's targets, in their order.
+    def run(self, work: Work | FilmWork, report: Report, cancelled: Callable[[], bool]) -> list[Pixels]:
+        """The pictures of a job's outputs, in their order.
 
         Raises:
             Cancelled: `cancelled` said so.
             StoryDiffusionError: of every other kind, as the engine's rooms say.
         """
+        if isinstance(work, FilmWork):
+            return self._run_film(work, report, cancelled)
+        return self._run_panels(work, report, cancelled)
+
+    def _run_film(self, work: FilmWork, report: Report, cancelled: Callable[[], bool]) -> list[Pixels]:
+        from storydiffusion.models import locate, preset_of
+        from storydiffusion.motion.transition import between
+        from storydiffusion.storyboard import settings_of
+        from storydiffusion.vocabulary import load_vocabulary, unknown_words
+
+        source = self.source(work.story.model)
+        pipe = self._pipeline(work.story, 1, source, report)
+        self._motion = self._motion or self._open_motion(pipe, source)
+        if cancelled():
+            raise Cancelled
+        report.started(unknown_words(work.stretch.prompt, load_vocabulary(locate(source))))
+        settings = settings_of(work.story, preset_of(source), None, 4)
+        made = between(pipe, self._motion, work.stretch, settings, _Callback(work, report), cancelled)
+        report.panel(work.stretch.id)
+        return [made[output.frame or 0] for output in work.outputs]
+
+    def _run_panels(self, work: Work, report: Report, cancelled: Callable[[], bool]) -> list[Pixels]:
         from storydiffusion.attention import plan_named
         from storydiffusion.models import locate, preset_of
         from storydiffusion.panels import extend, generate
@@ -112,7 +150,7 @@ class Engine:
         from storydiffusion.vocabulary import load_vocabulary, unknown_words
 
         source = self.source(work.story.model)
-        pipe = self._pipeline(work, source, report)
+        pipe = self._pipeline(work.story, min(work.window, len(work.targets)), source, report)
         if cancelled():
             raise Cancelled
         words = unknown_words(" ".join(t.prompt for t in work.targets), load_vocabulary(locate(source)))
@@ -139,10 +177,8 @@ class Engine:
             report.panel(target.id)
         return pictures
 
-    def _pipeline(self, work: Work, source: str | Path, report: Report) -> Any:
-        """The work's model, from memory where it is there and placed with room enough."""
-        story = work.story
-        panels = min(work.window, len(work.targets))
+    def _pipeline(self, story: Story, panels: int, source: str | Path, report: Report) -> Any:
+        """The story's model, from memory where it is there and placed with room enough."""
         room = story.width * story.height * panels
         if self._loaded != story.model or room > self._room:
             self._let_go()
@@ -154,7 +190,7 @@ class Engine:
     def _let_go(self) -> None:
         import torch
 
-        self._pipe, self._loaded, self._room = None, None, 0
+        self._pipe, self._motion, self._loaded, self._room = None, None, None, 0
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -245,7 +281,7 @@ class Engine:
 class _Callback:
     """The engine's progress as a job's events."""
 
-    def __init__(self, work: Work, report: Report) -> None:
+    def __init__(self, work: Work | FilmWork, report: Report) -> None:
         self.previews, self.report = work.previews, report
 
     def __call__(self, progress: Any) -> None:

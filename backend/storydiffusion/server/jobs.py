@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from storydiffusion.errors import Cancelled
 from storydiffusion.server.events import Events
@@ -35,7 +36,7 @@ from storydiffusion.server.protocol import (
     Step,
     WasCancelled,
 )
-from storydiffusion.server.work import Work
+from storydiffusion.server.work import FilmWork, Work
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Job:
     panels: tuple[str, ...]
     fingerprint: bytes
     key: str | None
-    work: Work | None
+    work: Work | FilmWork | None
     state: State = "queued"
     stop: threading.Event = field(default_factory=threading.Event)
     failure: Failure | None = None
@@ -99,9 +100,9 @@ class Report:
         self.events.publish(PanelMade(job=self.job, panel=panel))
 
 
-#: Runs a job: its pictures in the order of its targets. Asks the last argument often; True means stop,
-#: by raising `Cancelled`.
-Run = Callable[[Work, Report, Callable[[], bool]], list[Pixels]]
+#: Runs a job (`Work` or `FilmWork`): its pictures in the order of its outputs. Asks the last argument often;
+#: True means stop, by raising `Cancelled`.
+Run = Callable[[Any, Report, Callable[[], bool]], list[Pixels]]
 
 
 class Jobs:
@@ -155,7 +156,7 @@ class Jobs:
                 )
             return job
 
-    def submit(self, work: Work, key: str | None, fingerprint: bytes) -> tuple[Job, bool]:
+    def submit(self, work: Work | FilmWork, key: str | None, fingerprint: bytes) -> tuple[Job, bool]:
         """Queues a job; the job, and whether it is a new one.
 
         Raises:
@@ -350,23 +351,26 @@ class Jobs:
         self.events.forget(job.id)
 
 
-def result_of(job: str, work: Work, pictures: Sequence[Pixels], unknown: Sequence[str], seconds: float) -> bytes:
-    """The ZIP of a finished job: `result.json` first, then a PNG a panel."""
-    files = {f"{target.id}.png": encode_png(picture) for target, picture in zip(work.targets, pictures, strict=True)}
+def result_of(
+    job: str, work: Work | FilmWork, pictures: Sequence[Pixels], unknown: Sequence[str], seconds: float
+) -> bytes:
+    """The ZIP of a finished job: `result.json` first, then a PNG a panel or a frame."""
+    files = {one.file: encode_png(picture) for one, picture in zip(work.outputs, pictures, strict=True)}
     index = ResultIndex(
         job=job,
         kind=work.kind,
         model=work.story.model,
         panels=tuple(
             MadePanel(
-                panel=target.id,
-                file=f"{target.id}.png",
-                seed=target.seed,
+                panel=one.panel,
+                frame=one.frame,
+                file=one.file,
+                seed=one.seed,
                 width=picture.shape[1],
                 height=picture.shape[0],
-                prompt=target.prompt,
+                prompt=one.prompt,
             )
-            for target, picture in zip(work.targets, pictures, strict=True)
+            for one, picture in zip(work.outputs, pictures, strict=True)
         ),
         unknown_words=tuple(unknown),
         seconds=round(seconds, 3),

@@ -17,6 +17,7 @@ PROTOCOL = 1
 
 MAX_PANELS = 512
 MAX_IMAGES = 256
+MAX_FRAMES = 500
 
 PanelId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 ModelId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -147,10 +148,32 @@ class Inpaint(JobBase):
     strength: Strength = 1.0
 
 
-JobRequest: TypeAlias = Annotated[Generate | Extend | Regenerate | Refine | Inpaint, Field(discriminator="kind")]
+class Keyframe(Wire):
+    """Frame `frame` (the first is 0) of a stretch is this picture, to the pixel."""
+
+    frame: int = Field(ge=0, lt=MAX_FRAMES)
+    image: ImageIndex
+
+
+class Transition(Wire):
+    """Make the frames between pictures. `id` names the stretch and seeds its noise; of `story` the model, the
+    size, the seed and the steps count. `keyframes` hold the first and the last frame, and any between."""
+
+    kind: Literal["transition"]
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,130}$")]
+    story: WireStory
+    frames: int = Field(16, ge=2, le=MAX_FRAMES)
+    keyframes: tuple[Keyframe, ...] = Field(min_length=2, max_length=MAX_IMAGES)
+    prompt: Text = ""
+    easing: Literal["linear", "smooth"] = "smooth"
+    previews: bool = True
+
+
+PanelsRequest: TypeAlias = Generate | Extend | Regenerate | Refine | Inpaint
+JobRequest: TypeAlias = Annotated[PanelsRequest | Transition, Field(discriminator="kind")]
 JOB_REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 
-JobKind = Literal["generate", "extend", "regenerate", "refine", "inpaint"]
+JobKind = Literal["generate", "extend", "regenerate", "refine", "inpaint", "transition"]
 State = Literal["queued", "running", "finished", "failed", "cancelled"]
 
 
@@ -164,8 +187,8 @@ class Move(Wire):
 
 
 class JobView(Wire):
-    """A job as it is now. `position` counts the jobs before it in the queue, null unless queued.
-    `result` says whether its pictures can be fetched."""
+    """A job as it is now. `panels`: the ids of what it makes. `position` counts the jobs before it in the queue,
+    null unless queued. `result` says whether its pictures can be fetched."""
 
     id: str
     kind: JobKind
@@ -232,9 +255,11 @@ class Health(Wire):
 
 
 class MadePanel(Wire):
-    """A panel of a result; `file` names its PNG in the ZIP."""
+    """A panel of a result; `file` names its PNG in the ZIP. Of a stretch, `panel` is its id and `frame` says
+    which one this is; those that were given are not sent back."""
 
     panel: str
+    frame: int | None = None
     file: str
     seed: int
     width: int

@@ -18,15 +18,18 @@ from storydiffusion.server.protocol import (
     JobKind,
     JobRequest,
     PanelPicture,
+    PanelsRequest,
     Refine,
     Regenerate,
     Sheet,
+    Transition,
     WireStory,
 )
 from storydiffusion.story import Character, Panel, Story
 from storydiffusion.styles import find_style
 
 if TYPE_CHECKING:  # the engine's rooms import torch, which takes seconds
+    from storydiffusion.motion.transition import Stretch
     from storydiffusion.run import Reference, Target
 
 #: of all pictures of a request together, at the story's size
@@ -39,6 +42,17 @@ class Part:
 
     media_type: str
     data: bytes
+
+
+@dataclass(frozen=True)
+class Output:
+    """A picture of a result: of which panel (or which frame of which stretch), and the file it is sent as."""
+
+    panel: str
+    file: str
+    seed: int
+    prompt: str
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,37 @@ class Work:
         arrays = [array for one in pictures for array in (one.image, one.mask)]
         return sum(array.nbytes for array in arrays if array is not None)
 
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return tuple(Output(t.id, f"{t.id}.png", t.seed, t.prompt) for t in self.targets)
+
+
+@dataclass(frozen=True)
+class FilmWork:
+    """A stretch of film ready to be made."""
+
+    story: Story
+    stretch: Stretch
+    previews: bool
+    kind: JobKind = "transition"
+
+    @property
+    def panels(self) -> tuple[str, ...]:
+        return (self.stretch.id,)
+
+    @property
+    def held_bytes(self) -> int:
+        """What its pixels weigh while it waits."""
+        return sum(picture.nbytes for picture in self.stretch.keyframes.values())
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return tuple(
+            Output(self.stretch.id, f"{frame:04d}.png", self.stretch.seed, self.stretch.prompt, frame)
+            for frame in range(self.stretch.frames)
+            if frame not in self.stretch.keyframes
+        )
+
 
 def story_of(wire: WireStory) -> Story:
     """The story in a request.
@@ -89,12 +134,39 @@ def story_of(wire: WireStory) -> Story:
     )
 
 
-def work_of(request: JobRequest, parts: Sequence[Part]) -> Work:
+def work_of(request: JobRequest, parts: Sequence[Part]) -> Work | FilmWork:
     """A request, ready to run.
 
     Raises:
         StoryError, PlanError, ImageError: it contradicts itself, or a picture in it cannot be used.
     """
+    return _film_work(request, parts) if isinstance(request, Transition) else _panels_work(request, parts)
+
+
+def _film_work(request: Transition, parts: Sequence[Part]) -> FilmWork:
+    from storydiffusion.motion.transition import Stretch
+
+    story = story_of(request.story)
+    _check_used({key.image for key in request.keyframes}, len(parts))
+    if twice := [key.frame for key in request.keyframes if [k.frame for k in request.keyframes].count(key.frame) > 1]:
+        raise ImageError(f"Frame {twice[0]} has two pictures.", "Send one.")
+    pixels = _Pixels(story, parts)
+    stretch = Stretch(
+        request.id,
+        request.frames,
+        {key.frame: pixels.picture(key.image) for key in request.keyframes},
+        request.prompt,
+        story.negative_prompt,
+        story.seed,
+        request.easing,
+    )
+    stretch.check()
+    if len(stretch.keyframes) == stretch.frames:
+        raise PlanError("Every frame of the stretch is given.", "Leave out those to make.")
+    return FilmWork(story, stretch, request.previews)
+
+
+def _panels_work(request: PanelsRequest, parts: Sequence[Part]) -> Work:
     from storydiffusion.storyboard import targets_of
 
     story = story_of(request.story)
@@ -120,7 +192,7 @@ def work_of(request: JobRequest, parts: Sequence[Part]) -> Work:
     )
 
 
-def _wanted(request: JobRequest, story: Story) -> list[str]:
+def _wanted(request: PanelsRequest, story: Story) -> list[str]:
     """The ids of the panels to make, in the story's order."""
     known = {panel.id: panel for panel in story.panels}
     if isinstance(request, Refine | Inpaint):
@@ -138,7 +210,7 @@ def _wanted(request: JobRequest, story: Story) -> list[str]:
     return wanted
 
 
-def _check_indices(request: JobRequest, count: int) -> None:
+def _check_indices(request: PanelsRequest, count: int) -> None:
     """Every image is used, and every index has its image."""
     entries: list[PanelPicture | Sheet] = [*request.pictures, *request.sheets]
     used = {entry.image for entry in entries} | {entry.mask for entry in entries if entry.mask is not None}
@@ -146,16 +218,20 @@ def _check_indices(request: JobRequest, count: int) -> None:
         used.add(request.image)
     if isinstance(request, Inpaint):
         used.add(request.mask)
-    if missing := used - set(range(count)):
-        raise ImageError(f"Image {min(missing)} is used, but {count} were sent.", "Send every picture that is named.")
-    if unused := set(range(count)) - used:
-        raise ImageError(f"Image {min(unused)} is not used for anything.", "Say which panel it is, or leave it out.")
+    _check_used(used, count)
     for what, names in (
         ("panel", [picture.panel for picture in request.pictures]),
         ("character picture", [sheet.id for sheet in request.sheets]),
     ):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ImageError(f"The {what} {twice[0]} has two pictures.", "Send one.")
+
+
+def _check_used(used: set[int], count: int) -> None:
+    if missing := used - set(range(count)):
+        raise ImageError(f"Image {min(missing)} is used, but {count} were sent.", "Send every picture that is named.")
+    if unused := set(range(count)) - used:
+        raise ImageError(f"Image {min(unused)} is not used for anything.", "Say which panel it is, or leave it out.")
 
 
 class _Pixels:
@@ -195,7 +271,7 @@ class _Pixels:
         return pixels
 
 
-def _started(target: Target, request: JobRequest, pixels: _Pixels) -> Target:
+def _started(target: Target, request: PanelsRequest, pixels: _Pixels) -> Target:
     """The target with the picture it starts from, if it does."""
     from dataclasses import replace
 
@@ -206,7 +282,7 @@ def _started(target: Target, request: JobRequest, pixels: _Pixels) -> Target:
 
 
 def _panel_references(
-    request: JobRequest, targets: Mapping[str, Target], wanted: Sequence[str], pixels: _Pixels
+    request: PanelsRequest, targets: Mapping[str, Target], wanted: Sequence[str], pixels: _Pixels
 ) -> list[Reference]:
     """The pictures of panels that are not made now, in the story's order."""
     from dataclasses import replace

@@ -1,0 +1,216 @@
+"""Films from a shell: `storydiffusion transition A.png B.png -o film.mp4`, `storydiffusion film DIR -o film.mp4`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storydiffusion.errors import ImageError, PlanError
+
+if TYPE_CHECKING:  # torch takes seconds, and `--help` none
+    from storydiffusion.models import Preset
+    from storydiffusion.references import Picture
+    from storydiffusion.run import Settings
+
+#: Frames a second, frames a panel is held in a film, and frames of a stretch.
+RATE, HOLD, FRAMES = 12, 12, 16
+#: In the folder of a story, where its stretches of film are kept.
+STRETCHES = "stretches"
+
+
+def add_film_commands(
+    commands: Any, at_least: Callable[[int], Callable[[str], int]], bar: Callable[[bool], Any]
+) -> None:
+    """Add `transition` and `film` to the command line's parser. `bar(silent)` shows progress."""
+    making = argparse.ArgumentParser(add_help=False)
+    making.add_argument("-o", "--output", type=Path, required=True, metavar="FILM",
+                        help=".mp4, .webm, .gif, .apng, or a new folder of PNGs")  # fmt: skip
+    making.add_argument(
+        "--frames", type=at_least(2), default=FRAMES, help=f"of a stretch, both pictures included (default {FRAMES})"
+    )
+    making.add_argument("--rate", type=rate, default=Fraction(RATE), help=f"frames a second (default {RATE})")
+    making.add_argument("--easing", choices=("smooth", "linear"), default="smooth", help="how time passes")
+    making.add_argument("--steps", type=at_least(1), help="sampling steps")
+    making.add_argument("--seed", type=int, help="another one gives another film")
+    making.add_argument(
+        "--model", help="preset or folder that has motion parts (default: the story's, else storyworld)"
+    )
+    making.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    transition = commands.add_parser("transition", parents=[making], help="make a picture move into another")
+    transition.add_argument("first", type=Path, metavar="A.png")
+    transition.add_argument("last", type=Path, metavar="B.png")
+    transition.add_argument("--prompt", default="", help="what happens in between, in words")
+    transition.add_argument("--key", action="append", default=[], type=keyframe, metavar="N=PICTURE",
+                            help="frame N (the first is 0) is this picture (repeatable)")  # fmt: skip
+    transition.add_argument(
+        "--hold", type=at_least(1), default=1, help="frames the two pictures are shown for (default 1)"
+    )
+    transition.set_defaults(run=partial(run_transition, bar=bar))
+
+    film = commands.add_parser(
+        "film",
+        parents=[making],
+        help="make a film of a story's panels",
+        description="The panels of DIR one after the other, and what lies between them. Finished stretches are kept "
+        f"in DIR/{STRETCHES}: a film that was stopped goes on, and one of which a panel has changed makes only "
+        "what touches it again.",
+    )
+    film.add_argument("story", type=Path, metavar="DIR", help="a folder `generate` has written")
+    film.add_argument("--hold", type=at_least(1), default=HOLD, help=f"frames a panel is shown for (default {HOLD})")
+    film.add_argument("--captions", action="store_true", help="the story's captions as subtitles (.mp4, .webm)")
+    film.set_defaults(run=partial(run_film, bar=bar))
+
+
+def rate(text: str) -> Fraction:
+    """An argparse type: frames a second, 12 or 23.976 or 24000/1001."""
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of frames a second") from error
+
+
+def keyframe(text: str) -> tuple[int, Path]:
+    """An argparse type: N=PICTURE."""
+    number, _, path = text.partition("=")
+    if not number.isdigit() or not path:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form N=PICTURE")
+    return int(number), Path(path)
+
+
+def fitting_size(picture: Picture, preset: Preset | None, multiple: int) -> tuple[int, int]:
+    """The width and height a film of this picture is made at: its own shape, as large as the model likes."""
+    height, width = picture.shape[:2]
+    best = preset.size if preset else (512, 512)
+    scale = min(1.0, (best[0] * best[1] / (width * height)) ** 0.5)
+    if preset and preset.longest:
+        scale = min(scale, preset.longest / max(width, height))
+    near = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
+    return near[0], near[1]
+
+
+class Studio:
+    """A pipeline and its motion parts, opened when the first frame is to be made."""
+
+    def __init__(self, model: str) -> None:
+        from storydiffusion.models import load_catalogue, locate
+
+        self.model, self.path, self.preset = model, locate(model), load_catalogue().get(model)
+        self._opened: tuple[Any, Any] | None = None
+
+    def settings(self, picture: Picture, args: argparse.Namespace, seed: int) -> Settings:
+        """How a film that begins with this picture is made."""
+        from storydiffusion.models.folder import read_json
+        from storydiffusion.run import Settings
+
+        unet, vae = (read_json(self.path / part / "config.json") for part in ("unet", "vae"))
+        multiple = 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
+        width, height = fitting_size(picture, self.preset, multiple)
+        return Settings(
+            width=width,
+            height=height,
+            num_inference_steps=args.steps or (self.preset.steps if self.preset else 25),
+            guidance_scale=self.preset.guidance_scale if self.preset else 7.0,
+            guidance_until=self.preset.guidance_until if self.preset else 1.0,
+            seed=seed,
+            plan=None,
+        )
+
+    def open(self) -> tuple[Any, Any]:
+        from storydiffusion.models import open_pipeline
+        from storydiffusion.motion.parts import motion_folder, open_motion
+        from storydiffusion.quiet import quiet_libraries
+
+        if self._opened is None:
+            quiet_libraries()
+            pipe = open_pipeline(self.model, width=256, height=256, panels=4)
+            self._opened = pipe, open_motion(pipe, motion_folder(self.path), self.path)
+        return self._opened
+
+
+def run_transition(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None:
+    from storydiffusion.motion.transition import Stretch, between
+    from storydiffusion.pictures import free_path, load_picture
+    from storydiffusion.video import check_film, write_film
+
+    output = free_path(args.output) if args.output.suffix else args.output
+    check_film(output, args.rate)
+    pictures = {0: load_picture(args.first), args.frames - 1: load_picture(args.last)}
+    for number, path in args.key:
+        if number in pictures:
+            raise PlanError(f"Frame {number} is given twice.", f"Frames between are 1 to {args.frames - 2}.")
+        pictures[number] = load_picture(path)
+    studio = Studio(args.model or "storyworld")
+    settings = studio.settings(pictures[0], args, args.seed or 0)
+    stretch = Stretch("transition", args.frames, pictures, args.prompt, seed=settings.seed, easing=args.easing)
+    stretch.check()
+    started, shown = time.perf_counter(), bar(args.json)
+    try:
+        made = between(*studio.open(), stretch, settings, shown)
+    finally:
+        shown.close()
+    held = [made[0]] * (args.hold - 1) + made + [made[-1]] * (args.hold - 1)
+    count = write_film(output, held, args.rate)
+    _report(args, output, count, time.perf_counter() - started)
+
+
+def run_film(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None:
+    from storydiffusion.storyboard import open_folder
+
+    story = open_folder(args.story)
+    make_film(args.story, args.output, replace(story, model=args.model or story.model), args, bar)
+
+
+def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> int:
+    """Write the film of a story's folder; how many frames it has."""
+    from storydiffusion.motion import film
+    from storydiffusion.pictures import free_path, load_picture
+    from storydiffusion.references import resized
+    from storydiffusion.storyboard import latest_take
+    from storydiffusion.video import check_film, write_film
+
+    output = free_path(output) if output.suffix else output
+    check_film(output, args.rate, captions=args.captions)
+    paths = {panel.id: latest_take(folder, panel.id) for panel in story.panels}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise ImageError(f"Panel {missing[0]} has no picture in {folder}.", "Generate the story first.")
+    studio = Studio(story.model)
+    first = load_picture(next(path for path in paths.values() if path))
+    settings = studio.settings(first, args, story.seed if args.seed is None else args.seed)
+
+    def picture(path: Path) -> Picture:
+        return resized(load_picture(path), settings.width, settings.height)
+
+    shots = [
+        film.Shot(
+            panel.id,
+            partial(picture, path),
+            args.hold,
+            panel.caption if args.captions else "",
+            film.Transition(args.frames, easing=args.easing),
+        )
+        for panel, path in zip(story.panels, paths.values(), strict=True)
+        if path
+    ]
+    started, shown = time.perf_counter(), bar(args.json)
+    try:
+        frames = film.frames(shots, studio.open, settings, folder / STRETCHES, story.model, shown)
+        count = write_film(output, frames, args.rate, film.captions(shots))
+    finally:
+        shown.close()
+    _report(args, output, count, time.perf_counter() - started)
+    return count
+
+
+def _report(args: argparse.Namespace, film: Path, count: int, seconds: float) -> None:
+    if args.json:
+        print(json.dumps({"film": str(film), "frames": count, "rate": float(args.rate), "seconds": round(seconds, 2)}))
+    else:
+        print(f"{count} frames, {float(count / args.rate):.1f} s of film, made in {seconds:.1f} s: {film}")

@@ -1,0 +1,292 @@
+"""Stages 6 to 8, pictures that move: `python -m training.motion draw`, `predictor`, `module`.
+
+`draw` draws clips of the moving storyworld, with the latents they are. `predictor` teaches the Semantic Motion
+Predictor in the image encoder's own space, where a step costs little: from the tokens of a clip's first and last
+frame, those of every frame between. `module` then trains it together with the motion module by the paper's
+objective, the diffusion loss on real clips; the U-Net's own weights stay as they are.
+
+    V_l = U-Net(noised frames, T, P_1 .. P_L)      first and last frame given, those between have to be found
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers.models.attention_processor import AttnProcessor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from storydiffusion.motion.predictor import SemanticMotionPredictor, frame_times, joined
+from training import captions, clips, vae
+from training.clip import VISION_SIZE, WIDTH, tokenize
+from training.common import MODEL, Training, half_precision, training_options
+from training.encode import colors, to_tensor
+from training.unet import channel_weights, scheduler
+
+MOTION = Path("resources/models/storyworld-motion")
+DATA = Path("build/clips")
+#: Clips a shard.
+SHARD = 25
+#: Of the steps, the share that is without predicted tokens, so that the motion module stands alone too; and the
+#: share that is of a part of a clip.
+ALONE, PARTS = 0.12, 0.3
+
+
+def shard_path(folder: Path, what: str, number: int) -> Path:
+    return folder / f"{what}-{number:04d}.npy"
+
+
+def draw_shard(folder: Path, number: int) -> None:
+    """Draw clips [number * SHARD, (number + 1) * SHARD): latents (SHARD, LENGTH, CHANNELS, 16, 16) float16, and
+    pictures as the image encoder takes them, (SHARD, LENGTH, 3, 128, 128) uint8."""
+    if shard_path(folder, "pictures", number).exists():
+        return
+    torch.set_num_threads(1)
+    latents, pictures = [], []
+    for i in range(number * SHARD, (number + 1) * SHARD):
+        clip = clips.clip(i)
+        x = to_tensor(np.stack([clips.draw(frame) for frame in clip.frames]))
+        shown = np.stack([clips.shown(frame) for frame in clip.frames])
+        latents.append(np.concatenate([colors(x).numpy(), shown], 1).astype(np.float16))
+        pictures.append(((F.avg_pool2d(x, x.shape[-1] // VISION_SIZE) + 1) * 127.5).round().byte().numpy())
+    for what, arrays in (("latents", latents), ("pictures", pictures)):
+        path = shard_path(folder, what, number)
+        with path.with_suffix(".part").open("wb") as file:
+            np.save(file, np.stack(arrays))
+        os.replace(path.with_suffix(".part"), path)
+
+
+def load(folder: Path, what: str) -> NDArray[Any]:
+    """All clips drawn so far: (clips, LENGTH, ...)."""
+    paths = sorted(folder.glob(f"{what}-*.npy"))
+    if not paths:
+        raise FileNotFoundError(f"no clips in {folder}; draw some: python -m training.motion draw")
+    return np.concatenate([np.load(path) for path in paths])
+
+
+@torch.no_grad()
+def encode_tokens(encoder: CLIPVisionModelWithProjection, pictures: NDArray[np.uint8]) -> Tensor:
+    """K of every frame: (clips, LENGTH, 3, 128, 128) uint8 -> (clips, LENGTH, tokens, WIDTH) bfloat16."""
+    rows = []
+    for clip in pictures:
+        with half_precision():
+            pixels = torch.from_numpy(clip).float() / 127.5 - 1
+            rows.append(encoder(pixel_values=pixels).last_hidden_state.bfloat16())
+    return torch.stack(rows)
+
+
+# --------------------------------------------------------------------------- the parts
+
+
+def build_predictor() -> SemanticMotionPredictor:
+    return SemanticMotionPredictor(
+        channels=WIDTH,
+        tokens=(VISION_SIZE // 16) ** 2 + 1,
+        width=WIDTH,
+        layers=4,
+        heads=4,
+        cross_attention_dim=WIDTH,
+        residual_channels=(128, 128, 128, 192),  # conv_in, a layer, its halving, a layer
+        residual_halvings=(0, 0, 1, 1),
+    )
+
+
+def build_adapter() -> MotionAdapter:
+    """A motion module for the storyworld's U-Net that changes nothing yet."""
+    adapter = MotionAdapter(
+        block_out_channels=(128, 192),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=4,
+        motion_norm_num_groups=16,
+        motion_max_seq_length=32,
+    )
+    for name, module in adapter.named_modules():
+        if name.endswith("proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return adapter
+
+
+def adapter_of(unet: UNetMotionModel, adapter: MotionAdapter) -> MotionAdapter:
+    """`adapter` with the motion modules of `unet`."""
+    state = {name: value for name, value in unet.state_dict().items() if "motion_modules" in name}
+    adapter.load_state_dict(state)
+    return adapter
+
+
+def motion_unet(folder: Path, adapter: MotionAdapter) -> UNetMotionModel:
+    """The U-Net of a pipeline's folder with motion modules that learn; the rest of it is frozen."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    made = UNetMotionModel.from_unet2d(unet, adapter)
+    made.freeze_unet2d_params()
+    made.set_attn_processor(AttnProcessor())
+    return made
+
+
+# --------------------------------------------------------------------------- the stages
+
+
+class Spans(NamedTuple):
+    """Parts of clips: which clips, and which frames of each, (clips, frames)."""
+
+    clips: Tensor
+    frames: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """(all clips, LENGTH, ...) -> (clips, frames, ...)."""
+        return values[self.clips[:, None], self.frames]
+
+
+def spans(count: int, batch: int, rng: random.Random) -> Spans:
+    """A batch of clips, whole or, in some batches, as many parts of the same length; half of them backwards."""
+    length, frames = clips.LENGTH, clips.LENGTH
+    if rng.random() < PARTS:
+        frames = rng.randint(5, length - 1)
+    chosen = [rng.randrange(count) for _ in range(max(1, batch * length // frames))]
+    rows = []
+    for _ in chosen:
+        start = rng.randint(0, length - frames)
+        row = list(range(start, start + frames))
+        rows.append(row[::-1] if rng.random() < 0.5 else row)
+    return Spans(torch.tensor(chosen), torch.tensor(rows))
+
+
+def train_predictor(args: argparse.Namespace) -> None:
+    """Tokens of the frames between, from those of the first and the last, in the encoder's space."""
+    torch.manual_seed(args.seed)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(args.model / "image_encoder", dtype=torch.float32).eval()
+    tokens = encode_tokens(encoder, load(args.data, "pictures"))
+    held_out, tokens = tokens[: len(tokens) // 20], tokens[len(tokens) // 20 :]
+    predictor = SemanticMotionPredictor.from_pretrained(args.start_from) if args.start_from else build_predictor()
+    training = Training("motion-predictor", predictor, args, ema=0.998, warmup=100, weight_decay=0.02)
+    rng = random.Random(f"predictor{training.seed}")
+
+    def error(truth: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction's and the interpolation's error, over frames between."""
+        truth = truth.float()
+        times = frame_times(truth.shape[1])
+        with half_precision():
+            made = predictor.predict(truth[:, 0], truth[:, -1], times)
+        straight = torch.lerp(truth[:, :1], truth[:, -1:], times.view(1, -1, 1, 1))
+        return (made.float() - truth)[:, 1:-1].square().mean(), (straight - truth)[:, 1:-1].square().mean()
+
+    for _ in training:
+        loss, straight = error(spans(len(tokens), args.batch, rng).of(tokens))
+        training.learn(loss, straight=straight.item())
+    training.finish()
+    with torch.no_grad():
+        made, straight = error(held_out)
+    print(f"clips not trained on: error {made:.4f}, of the interpolation {straight:.4f}", flush=True)
+    predictor.save_pretrained(args.out / "predictor")
+
+
+def train_module(args: argparse.Namespace) -> None:
+    """Motion module and predictor by the diffusion loss on clips."""
+    torch.manual_seed(args.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(args.model / "tokenizer")
+    text = CLIPTextModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32).eval()
+    encoder = CLIPVisionModelWithProjection.from_pretrained(args.model / "image_encoder", dtype=torch.float32).eval()
+    latents = torch.from_numpy(load(args.data, "latents"))
+    pictures = load(args.data, "pictures")
+    known = [clips.clip(i) for i in range(len(latents))]
+    ends = encode_tokens(encoder, pictures)
+    del pictures
+    start = args.start_from or args.out
+    predictor = SemanticMotionPredictor.from_pretrained(start / "predictor", torch_dtype=torch.float32)
+    trained = (start / "motion_adapter" / "config.json").exists()
+    adapter = MotionAdapter.from_pretrained(start / "motion_adapter") if trained else build_adapter()
+    unet = motion_unet(args.model, adapter.float())
+    both = nn.ModuleDict({"unet": unet, "predictor": predictor})
+    learned = Learned(both)
+    training = Training("motion-module", learned, args, ema=0.998, warmup=60, log_every=20, adam=0.5)
+    rng = random.Random(f"module{training.seed}")
+    noise_schedule = scheduler()
+    importance = (1 / (1 - noise_schedule.alphas_cumprod)).clamp(max=5)
+    per_channel = channel_weights().view(1, 1, -1, 1, 1)
+    for step in training:
+        chosen = spans(len(latents), args.batch, rng)
+        x0, tokens = chosen.of(latents).float(), chosen.of(ends)[:, [0, -1]].float()
+        count, frames = x0.shape[:2]
+        told = [
+            captions.describe(known[i].frames[0].scene, rng).text if rng.random() < 0.5 else ""
+            for i in chosen.clips.tolist()
+        ]
+        with torch.no_grad():
+            prompt_embeds = text(tokenize(tokenizer, told)).last_hidden_state
+        u = (torch.arange(count) + torch.rand(count)) / count
+        timesteps = (u[torch.randperm(count)] * 1000).long().clamp(max=999)
+        noisy = noise_schedule.add_noise(x0, torch.randn_like(x0), timesteps)
+        with half_precision():
+            if rng.random() < ALONE:
+                context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
+            else:
+                predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
+                context = joined(prompt_embeds, predictor.to_context(predicted))
+                extra = {"down_block_additional_residuals": predictor.residuals(predicted, x0.shape[-2:])}
+            made = unet(noisy.transpose(1, 2), timesteps, context, **extra).sample
+        errors = (made.float().transpose(1, 2) - x0).square() * per_channel
+        weight = vae.spread_loss(x0.flatten(0, 1)).unflatten(0, (count, frames)) * importance[timesteps].view(
+            -1, 1, 1, 1, 1
+        )
+        training.learn((errors * weight)[:, 1:-1].mean())
+        if (step + 1) % 250 == 0:
+            training.save()
+    training.finish()
+    adapter_of(unet, build_adapter()).half().save_pretrained(args.out / "motion_adapter")
+    predictor.half().save_pretrained(args.out / "predictor")
+
+
+class Learned(nn.Module):
+    """The parameters of `both` that learn, alone: what a checkpoint and the average hold."""
+
+    def __init__(self, both: nn.ModuleDict) -> None:
+        super().__init__()
+        for name, parameter in both.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), nn.Parameter(parameter.data))
+                _put(both, name, getattr(self, name.replace(".", "/")))
+
+
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    *path, last = name.split(".")
+    setattr(module.get_submodule(".".join(path)), last, parameter)
+
+
+def sheet(rows: list[NDArray[np.uint8]], path: Path) -> None:
+    """Strips of pictures (frames, height, width, 3) below each other, to be looked at."""
+    cv2.imwrite(str(path), np.concatenate([np.concatenate(list(row), 1) for row in rows])[..., ::-1])
+
+
+def main() -> None:
+    parser = training_options(__doc__, MOTION, steps=3000, batch=3, lr=1.5e-3)
+    parser.set_defaults(data=DATA)
+    parser.add_argument("stage", choices=("draw", "predictor", "module"))
+    parser.add_argument("--model", type=Path, default=MODEL, help="the pipeline it is for")
+    parser.add_argument("--count", type=int, default=1500, help="clips to draw")
+    args = parser.parse_args()
+    if args.stage == "draw":
+        args.data.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor() as pool:
+            shards = range(-(-args.count // SHARD))
+            for number, _ in enumerate(pool.map(partial(draw_shard, args.data), shards), 1):
+                print(f"clips {number * SHARD} of {args.count}", flush=True)
+    elif args.stage == "predictor":
+        train_predictor(args)
+    else:
+        train_module(args)
+
+
+if __name__ == "__main__":
+    main()
