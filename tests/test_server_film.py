@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 
 from serving import Client, png, save_tiny, serving, transition
 from storydiffusion.server.engine import Engine
+from storydiffusion.video import read_film
 
 ENDS = [png((200, 30, 40)), png((20, 60, 220))]
 
@@ -93,6 +97,39 @@ def test_a_wrong_stretch_is_refused_before_it_is_queued(
     assert answer.status == 422, answer.body
     assert answer.json["kind"] == kind
     assert answer.json["sentence"]
+
+
+def film(frames: list[tuple[int, int]], **more: Any) -> dict[str, Any]:
+    return {"kind": "film", "rate": 12.0, "frames": [{"image": i, "count": n} for i, n in frames], **more}
+
+
+def film_of(client: Client, request: Any) -> bytes:
+    job = client.submit(request, ENDS).json["id"]
+    assert client.until_over(job)[-1].event == "finished"
+    with zipfile.ZipFile(io.BytesIO(client.get(f"/jobs/{job}/result").body)) as archive:
+        index = json.loads(archive.read("result.json"))
+        return archive.read(index["panels"][0]["file"])
+
+
+@pytest.mark.parametrize("format_", [".mp4", ".webm", ".gif", ".apng"])
+def test_finished_frames_become_one_file(client: Client, tmp_path: Path, format_: str) -> None:
+    path = tmp_path / f"film{format_}"
+    path.write_bytes(film_of(client, film([(0, 3), (1, 2), (0, 1)], format=format_)))
+    reds = [bool(frame[..., 0].mean() > 110) for frame in read_film(path)]
+    # a GIF has no frame where nothing changes
+    assert reds == ([True, False, True] if format_ == ".gif" else [True, True, True, False, False, True])
+
+
+def test_captions_go_with_a_film_that_holds_them(client: Client) -> None:
+    caption = {"text": "The day began.", "start": 0, "length": 3}
+    assert b"The day began." in film_of(client, film([(0, 3), (1, 2)], captions=[caption]))
+    job = client.submit(film([(0, 3), (1, 2)], captions=[caption], format=".gif"), ENDS).json["id"]
+    assert client.until_over(job)[-1].data["failure"]["kind"] == "film"
+
+
+def test_frames_of_different_sizes_are_no_film(client: Client) -> None:
+    job = client.submit(film([(0, 3), (1, 2)]), [ENDS[0], png(size=(32, 32))]).json["id"]
+    assert client.until_over(job)[-1].data["failure"]["kind"] == "image"
 
 
 def test_a_model_without_motion_parts_says_so(tmp_path: Path) -> None:

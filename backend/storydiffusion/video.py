@@ -6,6 +6,7 @@ whole or not at all. The codecs are FFmpeg's, by PyAV.
 
 from __future__ import annotations
 
+import io
 import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,6 +108,25 @@ def write_film(path: Path, pictures: Iterable[Picture], rate: Fraction, captions
             raise FilmError(f"{path} could not be written: {error}.", "Make room, or use another format.") from error
 
 
+def film_bytes(suffix: str, pictures: Iterable[Picture], rate: Fraction, captions: Sequence[Caption] = ()) -> bytes:
+    """The same as a file's content, with nothing written to disk; `suffix` is one of `FORMATS`.
+
+    Raises:
+        FilmError, ImageError: as `write_film`.
+    """
+    check_film(Path(f"film{suffix}"), rate, captions=bool(captions))
+    counted = _alike(pictures)
+    first = next(counted, None)
+    if first is None:
+        raise FilmError("The film has no pictures.", "Make its panels first.")
+    content = io.BytesIO()
+    try:
+        _encode(content, FORMATS[suffix.lower()], first, itertools.chain([first], counted), rate, captions)
+    except FFmpegError as error:
+        raise FilmError(f"The film could not be written: {error}.", "Use another format.") from error
+    return content.getvalue()
+
+
 def check_film(path: Path, rate: Fraction, *, captions: bool = False) -> None:
     """Raises FilmError where a film cannot be written so: before its pictures are made, not after."""
     if rate <= 0 or rate > 240:
@@ -158,10 +178,15 @@ def _even(picture: Picture) -> Picture:
 
 
 def _encode(
-    path: Path, chosen: Format, first: Picture, pictures: Iterable[Picture], rate: Fraction, captions: Sequence[Caption]
+    target: Path | io.BytesIO,
+    chosen: Format,
+    first: Picture,
+    pictures: Iterable[Picture],
+    rate: Fraction,
+    captions: Sequence[Caption],
 ) -> int:
     fits = _even if chosen.pixels.startswith("yuv420") else np.ascontiguousarray
-    with av.open(str(path), "w", format=chosen.container) as film:
+    with av.open(target if isinstance(target, io.BytesIO) else str(target), "w", format=chosen.container) as film:
         video: Any = film.add_stream(chosen.codec, rate=rate, options=dict(chosen.options))
         video.height, video.width = fits(first).shape[:2]
         video.pix_fmt = chosen.pixels

@@ -37,7 +37,7 @@ from storydiffusion.server.failures import Failure, Kind, Refused, failure_of
 from storydiffusion.server.images import FORMATS
 from storydiffusion.server.jobs import Job, Jobs, Limits, Run
 from storydiffusion.server.security import LOOPBACK, MAX_BODY, Guard, answer
-from storydiffusion.server.work import FilmWork, Part, Work, work_of
+from storydiffusion.server.work import AnyWork, Part, work_of
 
 log = logging.getLogger(__name__)
 
@@ -288,8 +288,9 @@ def _fingerprint(request: protocol.JobRequest, parts: list[Part]) -> bytes:
     return digest.digest()
 
 
-def _checked(engine: Engine, asked: protocol.JobRequest, parts: list[Part]) -> Work | FilmWork:
-    engine.source(asked.story.model)
+def _checked(engine: Engine, asked: protocol.JobRequest, parts: list[Part]) -> AnyWork:
+    if not isinstance(asked, protocol.Film):
+        engine.source(asked.story.model)
     return work_of(asked, parts)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from storydiffusion.server.failures import failure_of
 from storydiffusion.server.images import Pixels, encode_png
 from storydiffusion.server.jobs import Report
 from storydiffusion.server.protocol import ModelView, PlacementView
-from storydiffusion.server.work import FilmWork, Work
+from storydiffusion.server.work import AnyWork, FileWork, FilmWork, Work
 from storydiffusion.story import Story
 
 #: parameters of each component, for models that are not here: SD1.5's and SDXL's own
@@ -114,13 +115,15 @@ class Engine:
             ) from error
         return model
 
-    def run(self, work: Work | FilmWork, report: Report, cancelled: Callable[[], bool]) -> list[Pixels]:
-        """The pictures of a job's outputs, in their order.
+    def run(self, work: AnyWork, report: Report, cancelled: Callable[[], bool]) -> Sequence[Pixels | bytes]:
+        """A job's outputs, in their order.
 
         Raises:
             Cancelled: `cancelled` said so.
             StoryDiffusionError: of every other kind, as the engine's rooms say.
         """
+        if isinstance(work, FileWork):
+            return [_film_file(work, report, cancelled)]
         if isinstance(work, FilmWork):
             return self._run_film(work, report, cancelled)
         return self._run_panels(work, report, cancelled)
@@ -276,6 +279,25 @@ class Engine:
                 panels=panels,
             )
         return None
+
+
+def _film_file(work: FileWork, report: Report, cancelled: Callable[[], bool]) -> bytes:
+    from storydiffusion.video import Caption, film_bytes
+
+    report.started(())
+    asked = work.request
+    count = sum(frame.count for frame in asked.frames)
+
+    def watched() -> Iterator[Pixels]:
+        for number, picture in enumerate(work.pictures(), 1):
+            if cancelled():
+                raise Cancelled
+            yield picture
+            report.step(work.panels, number, count)
+
+    rate = Fraction(asked.rate).limit_denominator(1001)
+    captions = [Caption(one.text, one.start, one.length) for one in asked.captions]
+    return film_bytes(asked.format, watched(), rate, captions)
 
 
 class _Callback:

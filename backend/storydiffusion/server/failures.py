@@ -15,6 +15,7 @@ Kind = Literal[
     "story",  # a mistake in the story or its script
     "plan",  # settings that contradict each other
     "image",  # a picture or mask that cannot be used
+    "film",  # frames that cannot be one, or a format that cannot hold it
     "model",  # a model that is missing, damaged or of the wrong kind
     "out_of_memory",  # the remedy says what would fit
     "disk_full",

@@ -36,7 +36,7 @@ from storydiffusion.server.protocol import (
     Step,
     WasCancelled,
 )
-from storydiffusion.server.work import FilmWork, Work
+from storydiffusion.server.work import AnyWork
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Job:
     panels: tuple[str, ...]
     fingerprint: bytes
     key: str | None
-    work: Work | FilmWork | None
+    work: AnyWork | None
     state: State = "queued"
     stop: threading.Event = field(default_factory=threading.Event)
     failure: Failure | None = None
@@ -100,9 +100,9 @@ class Report:
         self.events.publish(PanelMade(job=self.job, panel=panel))
 
 
-#: Runs a job (`Work` or `FilmWork`): its pictures in the order of its outputs. Asks the last argument often;
+#: Runs a job (one of `work.AnyWork`): its pictures in the order of its outputs. Asks the last argument often;
 #: True means stop, by raising `Cancelled`.
-Run = Callable[[Any, Report, Callable[[], bool]], list[Pixels]]
+Run = Callable[[Any, Report, Callable[[], bool]], Sequence[Pixels | bytes]]
 
 
 class Jobs:
@@ -156,7 +156,7 @@ class Jobs:
                 )
             return job
 
-    def submit(self, work: Work | FilmWork, key: str | None, fingerprint: bytes) -> tuple[Job, bool]:
+    def submit(self, work: AnyWork, key: str | None, fingerprint: bytes) -> tuple[Job, bool]:
         """Queues a job; the job, and whether it is a new one.
 
         Raises:
@@ -352,25 +352,28 @@ class Jobs:
 
 
 def result_of(
-    job: str, work: Work | FilmWork, pictures: Sequence[Pixels], unknown: Sequence[str], seconds: float
+    job: str, work: AnyWork, pictures: Sequence[Pixels | bytes], unknown: Sequence[str], seconds: float
 ) -> bytes:
-    """The ZIP of a finished job: `result.json` first, then a PNG a panel or a frame."""
-    files = {one.file: encode_png(picture) for one, picture in zip(work.outputs, pictures, strict=True)}
+    """The ZIP of a finished job: `result.json` first, then a PNG a panel or a frame, or a film."""
+    files = {
+        one.file: made if isinstance(made, bytes) else encode_png(made)
+        for one, made in zip(work.outputs, pictures, strict=True)
+    }
     index = ResultIndex(
         job=job,
         kind=work.kind,
-        model=work.story.model,
+        model=work.model,
         panels=tuple(
             MadePanel(
                 panel=one.panel,
                 frame=one.frame,
                 file=one.file,
                 seed=one.seed,
-                width=picture.shape[1],
-                height=picture.shape[0],
+                width=0 if isinstance(made, bytes) else made.shape[1],
+                height=0 if isinstance(made, bytes) else made.shape[0],
                 prompt=one.prompt,
             )
-            for one, picture in zip(work.outputs, pictures, strict=True)
+            for one, made in zip(work.outputs, pictures, strict=True)
         ),
         unknown_words=tuple(unknown),
         seconds=round(seconds, 3),

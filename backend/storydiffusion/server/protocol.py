@@ -16,7 +16,7 @@ from storydiffusion.server.failures import Failure
 PROTOCOL = 1
 
 MAX_PANELS = 512
-MAX_IMAGES = 256
+MAX_IMAGES = 1000
 MAX_FRAMES = 500
 
 PanelId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -169,11 +169,36 @@ class Transition(Wire):
     previews: bool = True
 
 
+class FilmFrame(Wire):
+    """A picture of a film, shown for `count` frames."""
+
+    image: ImageIndex
+    count: int = Field(1, ge=1, le=10_000)
+
+
+class FilmCaption(Wire):
+    """A line that a player can show from frame `start` on, for `length` frames."""
+
+    text: Text
+    start: int = Field(ge=0, le=1_000_000)
+    length: int = Field(ge=1, le=1_000_000)
+
+
+class Film(Wire):
+    """Make one file of finished frames; no model is needed. `rate`: frames a second."""
+
+    kind: Literal["film"]
+    format: Literal[".mp4", ".webm", ".gif", ".apng"] = ".mp4"
+    rate: float = Field(gt=0, le=240)
+    frames: tuple[FilmFrame, ...] = Field(min_length=1, max_length=MAX_IMAGES)
+    captions: tuple[FilmCaption, ...] = Field((), max_length=MAX_PANELS)
+
+
 PanelsRequest: TypeAlias = Generate | Extend | Regenerate | Refine | Inpaint
-JobRequest: TypeAlias = Annotated[PanelsRequest | Transition, Field(discriminator="kind")]
+JobRequest: TypeAlias = Annotated[PanelsRequest | Transition | Film, Field(discriminator="kind")]
 JOB_REQUEST: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 
-JobKind = Literal["generate", "extend", "regenerate", "refine", "inpaint", "transition"]
+JobKind = Literal["generate", "extend", "regenerate", "refine", "inpaint", "transition", "film"]
 State = Literal["queued", "running", "finished", "failed", "cancelled"]
 
 
@@ -256,7 +281,7 @@ class Health(Wire):
 
 class MadePanel(Wire):
     """A panel of a result; `file` names its PNG in the ZIP. Of a stretch, `panel` is its id and `frame` says
-    which one this is; those that were given are not sent back."""
+    which one this is; those that were given are not sent back. A film is one file, `panel` is 'film'."""
 
     panel: str
     frame: int | None = None

@@ -6,13 +6,15 @@ loaded model knows (its grid of pixels) and what only running shows (memory).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from storydiffusion.errors import ImageError, PlanError, StoryError
 from storydiffusion.server.images import MAX_PIXELS, Pixels, decode_mask, decode_picture
 from storydiffusion.server.protocol import (
+    Film,
     Generate,
     Inpaint,
     JobKind,
@@ -70,6 +72,10 @@ class Work:
     before: bool
 
     @property
+    def model(self) -> str:
+        return self.story.model
+
+    @property
     def panels(self) -> tuple[str, ...]:
         return tuple(target.id for target in self.targets)
 
@@ -86,6 +92,37 @@ class Work:
 
 
 @dataclass(frozen=True)
+class FileWork:
+    """Finished frames to be made one file. They wait as they were sent, and are decoded one at a time."""
+
+    request: Film
+    parts: tuple[Part, ...]
+    kind: JobKind = "film"
+
+    @property
+    def panels(self) -> tuple[str, ...]:
+        return ("film",)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(len(part.data) for part in self.parts)
+
+    @property
+    def model(self) -> str:
+        return ""
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return (Output("film", f"film{self.request.format}", 0, ""),)
+
+    def pictures(self) -> Iterator[Pixels]:
+        """Every frame of the film in order."""
+        for frame in self.request.frames:
+            part = self.parts[frame.image]
+            yield from itertools.repeat(decode_picture(part.data, part.media_type, f"Image {frame.image}"), frame.count)
+
+
+@dataclass(frozen=True)
 class FilmWork:
     """A stretch of film ready to be made."""
 
@@ -93,6 +130,10 @@ class FilmWork:
     stretch: Stretch
     previews: bool
     kind: JobKind = "transition"
+
+    @property
+    def model(self) -> str:
+        return self.story.model
 
     @property
     def panels(self) -> tuple[str, ...]:
@@ -134,12 +175,19 @@ def story_of(wire: WireStory) -> Story:
     )
 
 
-def work_of(request: JobRequest, parts: Sequence[Part]) -> Work | FilmWork:
+#: What a queue holds.
+AnyWork: TypeAlias = Work | FilmWork | FileWork
+
+
+def work_of(request: JobRequest, parts: Sequence[Part]) -> AnyWork:
     """A request, ready to run.
 
     Raises:
         StoryError, PlanError, ImageError: it contradicts itself, or a picture in it cannot be used.
     """
+    if isinstance(request, Film):
+        _check_used({frame.image for frame in request.frames}, len(parts))
+        return FileWork(request, tuple(parts))
     return _film_work(request, parts) if isinstance(request, Transition) else _panels_work(request, parts)
 
 
