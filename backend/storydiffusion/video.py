@@ -43,11 +43,12 @@ class Format:
     filters: tuple[tuple[str, str], ...] = ()
 
 
-#: By the file's ending. A GIF's palette is made for every picture by itself: two passes would hold them all.
+#: By the file's ending. A GIF's palette is made for every picture by itself: two passes would hold them all; what
+#: FFmpeg leaves out of a picture because the one before had it (its `gifflags`) is wrong where palettes differ.
 FORMATS = {
     ".mp4": Format("mp4", "libx264", "yuv420p", (("crf", "16"), ("preset", "medium")), "mov_text"),
     ".webm": Format("webm", "libvpx-vp9", "yuv420p", (("crf", "20"), ("b", "0"), ("row-mt", "1")), "webvtt"),
-    ".gif": Format("gif", "gif", "pal8", (("loop", "0"),)),
+    ".gif": Format("gif", "gif", "pal8", (("loop", "0"), ("gifflags", "0"))),
     ".apng": Format("apng", "apng", "rgb24"),
 }
 #: Captions are timed in these, seconds.
