@@ -111,7 +111,7 @@ def parse_events(lines: Iterable[bytes]) -> Iterator[Event]:
 
 @dataclass(frozen=True)
 class Made:
-    """A panel of a result: its picture as PNG bytes."""
+    """A panel of a result: its picture as PNG bytes. Of a film: the file."""
 
     panel: str
     png: bytes

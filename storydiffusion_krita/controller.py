@@ -19,6 +19,7 @@ from .orders import Order
 from .page import frame_of
 from .progress import PanelView, Progress, Running, Work, changed_text, duration_text, working_text
 from .story_state import Character, Panel, Story, Take
+from .strips import Strips
 from .texts import tr
 
 THUMBNAIL = 128
@@ -35,6 +36,8 @@ class Controller:
         desk: runs orders.
         defer: calls something in a later turn of the event loop.
         sheet: a picture as bytes that the document keeps for a character.
+        background: calls something in another thread, then something with its result in this one.
+        save_frame: writes a picture to a path, at a width and height.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Controller:
         defer: Callable[[Callable[[], None]], None],
         sheet: Callable[[Any], bytes] = lambda picture: b"",
         clock: Callable[[], float] = time.monotonic,
+        background: Callable[[Callable[[], Any], Callable[[Any], None]], None] = lambda call, then: then(call()),
+        save_frame: Callable[[Any, str, int, int], None] = lambda picture, path, width, height: None,
     ) -> None:
-        self.document, self._desk, self._defer, self._sheet, self._clock = document, desk, defer, sheet, clock
+        self.document, self._desk, self.defer, self._sheet, self._clock = document, desk, defer, sheet, clock
         self.story, self.readonly = Story(), False
         self.model_size, self.model_longest = (256, 256), 0
         self.previews = True
@@ -56,7 +61,7 @@ class Controller:
         self._work: dict[str, Work] = {}
         self._running: dict[str, Running] = {}
         self._failures: dict[str, Failure] = {}
-        self._layers: dict[str, Layer] = {}
+        self.layers: dict[str, Layer] = {}
         self._active = ""
         self._selection = False
         self._thumbnails: dict[str, Any] = {}
@@ -64,6 +69,7 @@ class Controller:
         self._turn = 0
         self._saving_until = -1.0
         self._unsaved = False
+        self.strips = Strips(self, background, save_frame)
         self._load()
 
     # ----------------------------------------------------------------------- the document's memory
@@ -79,19 +85,19 @@ class Controller:
             # the bytes stay in the document until the artist begins a new story in it
             self.notice = tr("The story in this document cannot be read. The layers are untouched.")
         self.document.remove_previews()
-        self._layers = {layer.id: layer for layer in self.document.layers()}
+        self.layers = {layer.id: layer for layer in self.document.layers()}
         for panel in self.story.panels:
-            panel.takes = [take for take in panel.takes if take.layer in self._layers]
+            panel.takes = [take for take in panel.takes if take.layer in self.layers]
             if panel.take is None and panel.takes:
                 panel.chosen = panel.takes[-1].layer
         if self.story.panels:
             self.selected = [self.story.panels[0].id]
 
-    def _touch(self, what: str, which: str = "") -> None:
+    def touch(self, what: str, which: str = "") -> None:
         """Something of the story changed: say it, and write it into the document in the next turn."""
         if not self._unsaved and not self.readonly:
             self._unsaved = True
-            self._defer(self.flush)
+            self.defer(self.flush)
         self.changed(what, which)
 
     def flush(self) -> None:
@@ -107,20 +113,20 @@ class Controller:
             return
         self.story.set_script(text)
         self._forget_gone()
-        self._touch("story")
+        self.touch("story")
 
     def set_words(self, panel_id: str, prompt: str | None = None, caption: str | None = None) -> None:
         panel = self.story.panel(panel_id)
         if panel is not None and not self.readonly:
             self.story.set_words(panel, prompt, caption)
             self._failures.pop(panel_id, None)
-            self._touch("panel", panel_id)
+            self.touch("panel", panel_id)
 
     def set_seed(self, panel_id: str, seed: int | None) -> None:
         panel = self.story.panel(panel_id)
         if panel is not None and panel.seed != seed and not self.readonly:
             panel.seed, panel.variation = seed, 0
-            self._touch("panel", panel_id)
+            self.touch("panel", panel_id)
 
     def keep_seed(self, panel_id: str) -> None:
         """Makes the seed of the take that is seen the panel's own."""
@@ -130,13 +136,13 @@ class Controller:
             self.set_seed(panel_id, take.seed)
             take.made = {**take.made, "seed": self.story.made_from(panel)["seed"]}
             take.variation = 0
-            self._touch("panel", panel_id)
+            self.touch("panel", panel_id)
 
     def set_locked(self, panel_id: str, locked: bool) -> None:
         panel = self.story.panel(panel_id)
         if panel is not None and not self.readonly:
             panel.locked = locked
-            self._touch("panel", panel_id)
+            self.touch("panel", panel_id)
 
     def add_panel(self, after: str = "") -> str:
         """A panel with the character of its neighbour, so that it can be typed on at once."""
@@ -145,19 +151,19 @@ class Controller:
         names = [one.name for one in self.story.characters]
         panel = self.story.add_panel(f"[{names[0] if names else script.NOBODY}] ", after)
         self.selected = [panel.id]
-        self._touch("story")
+        self.touch("story")
         return panel.id
 
     def remove_panel(self, panel_id: str) -> None:
         if not self.readonly:
             self.story.remove_panel(panel_id)
             self._forget_gone()
-            self._touch("story")
+            self.touch("story")
 
     def move_panel(self, panel_id: str, to: int) -> None:
         if not self.readonly:
             self.story.move_panel(panel_id, to)
-            self._touch("story")
+            self.touch("story")
 
     def _forget_gone(self) -> None:
         here = {panel.id for panel in self.story.panels}
@@ -169,7 +175,7 @@ class Controller:
         if self.readonly:
             return None
         one = self.story.add_character(name, description)
-        self._touch("characters")
+        self.touch("characters")
         return one
 
     def set_character(self, character_id: str, name: str | None = None, description: str | None = None,
@@ -181,14 +187,14 @@ class Controller:
         wrong = "" if name is None else self.story.rename_character(character_id, name)
         one.description = one.description if description is None else description
         one.colour = colour or one.colour
-        self._touch("characters")
+        self.touch("characters")
         return wrong
 
     def remove_character(self, character_id: str) -> None:
         if not self.readonly:
             self.story.remove_character(character_id)
             self.document.save(PICTURE_ANNOTATION + character_id, b"")
-            self._touch("characters")
+            self.touch("characters")
 
     def picture_from_layer(self, character_id: str) -> None:
         """Makes the active layer the character's picture: other panels are made from it too."""
@@ -199,14 +205,14 @@ class Controller:
         data = self._sheet(self.document.picture(active, (0, 0, *self.document.size())))
         self.document.save(PICTURE_ANNOTATION + character_id, data)
         one.picture = story_state.digest(data.hex())
-        self._touch("characters")
+        self.touch("characters")
 
     def remove_picture(self, character_id: str) -> None:
         one = self.story.character(character_id)
         if one is not None and not self.readonly:
             self.document.save(PICTURE_ANNOTATION + character_id, b"")
             one.picture = ""
-            self._touch("characters")
+            self.touch("characters")
 
     def picture_of(self, character_id: str) -> bytes:
         return self.document.load(PICTURE_ANNOTATION + character_id)
@@ -219,22 +225,22 @@ class Controller:
             setattr(self.story, name, value)
         if "layout" in values:
             self._show_layout()
-        self._touch("settings")
+        self.touch("settings")
 
     def load_example(self) -> None:
         """An example story, where there is none yet."""
         if not self.story.entries and not self.story.characters and not self.readonly:
             self.story = story_state.load(story_state.EXAMPLE)
             self.selected = [self.story.panels[0].id]
-            self._touch("story")
+            self.touch("story")
 
     # ----------------------------------------------------------------------- what to make
 
     def has_art(self, panel: Panel) -> bool:
-        group = self._layers.get(panel.group)
+        group = self.layers.get(panel.group)
         if group is None or not group.group:  # one that was flattened is its own picture
             return group is not None
-        return any(layer.parent == panel.group for layer in self._layers.values())
+        return any(layer.parent == panel.group for layer in self.layers.values())
 
     def can_make(self, panel: Panel) -> bool:
         return not (panel.locked or panel.id in self._work or self.readonly or self.story.problem(panel))
@@ -302,7 +308,7 @@ class Controller:
         """Frames for panels that have no layer yet, in the layout of now."""
         count = len(self.story.panels)
         for panel in panels:
-            if panel.group not in self._layers:
+            if panel.group not in self.layers:
                 number = self.story.panels.index(panel)
                 grid = self.story.layout == "grid"
                 panel.frame = list(frame_of(number, count, self.document.size())) if grid else None
@@ -338,9 +344,9 @@ class Controller:
                 return
             if reading:
                 panel = reading.pop(0)
-                if panel.group in self._layers:
+                if panel.group in self.layers:
                     read[panel.id] = self.document.picture(panel.group, self.rect(panel))
-                self._defer(next_turn)
+                self.defer(next_turn)
                 return
             here = [panel_id for panel_id in wanted if self.story.panel(panel_id) is not None]
             sheets = {one.id: self.picture_of(one.id) for one in self.story.characters if one.picture}
@@ -362,10 +368,18 @@ class Controller:
             self._running[key] = Running(order, tuple(here))
             self._desk.submit(order, self.told)
 
-        self._defer(next_turn)
+        self.defer(next_turn)
+
+    def submit(self, order: Order[Any], tell: Callable[[Told], None]) -> None:
+        self._desk.submit(order, tell)
+
+    def withdraw(self, key: str) -> None:
+        self._desk.cancel(key)
 
     def cancel(self, panel_id: str = "") -> None:
         """Stops the job of a panel, or all of them."""
+        if not panel_id:
+            self.strips.cancel()
         keys = {self._work[panel_id].key} if panel_id in self._work else set(self._running) if not panel_id else set()
         for key in keys:
             self._desk.cancel(key)
@@ -469,10 +483,10 @@ class Controller:
                 self._end(told.key)
                 self._remember_looks(order.panels)
                 return
-            self._defer(next_turn)
+            self.defer(next_turn)
 
         self.document.remove_previews()
-        self._defer(next_turn)
+        self.defer(next_turn)
 
     def _place(self, order: Order[Any], panel_id: str, picture: Any, seed: int) -> None:
         """One result into the document: a new layer over the earlier takes, under what was painted over them.
@@ -483,9 +497,9 @@ class Controller:
         self._work.pop(panel_id, None)
         if panel is None or not self.document.is_open():
             return
-        self._layers = {layer.id: layer for layer in self.document.layers()}
+        self.layers = {layer.id: layer for layer in self.document.layers()}
         self._ensure_group(panel)
-        earlier = [take.layer for take in panel.takes if take.layer in self._layers]
+        earlier = [take.layer for take in panel.takes if take.layer in self.layers]
         number = len(panel.takes) + 1
         over = order.kind in ("refine", "inpaint")
         under_paint = [take.layer for take in panel.takes if take.layer in earlier and not take.over]
@@ -494,17 +508,18 @@ class Controller:
         variation = order.variations.get(panel_id, panel.variation)
         panel.takes.append(Take(layer, seed, variation, dict(order.made.get(panel_id, {})), over=over))
         panel.variation, panel.chosen = variation, layer
-        self._layers = {one.id: one for one in self.document.layers()}
+        self.layers = {one.id: one for one in self.document.layers()}
         if not self.selected:
             self.selected = [panel_id]
         shown, hidden = self._layout()
+        self.strips.show(False)
         self.document.show([layer, *shown], [*earlier, *hidden])
         self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
-        self._touch("panel", panel_id)
+        self.touch("panel", panel_id)
 
     def _ensure_group(self, panel: Panel) -> None:
         """The panel's group; one that the artist flattened becomes a take in a new one."""
-        old = self._layers.get(panel.group)
+        old = self.layers.get(panel.group)
         if old is not None and old.group:
             return
         panel.group = self.document.create_panel(panel_title(self.story.panels.index(panel) + 1))
@@ -518,7 +533,7 @@ class Controller:
             if panel.id in panel_ids and take is not None:
                 sources = orders.references_for(self.story, [panel.id], self._with_art())
                 take.looks = {other.id: self.document.look(other.group) for other in sources}
-        self._touch("progress")
+        self.touch("progress")
 
     def _end(self, key: str) -> None:
         running = self._running.pop(key, None)
@@ -556,12 +571,13 @@ class Controller:
             self._running.pop(key)
             self._desk.cancel(key)
         self._work.clear()
+        self.strips.cancel()
 
     # ----------------------------------------------------------------------- takes
 
     def takes(self, panel: Panel) -> list[Take]:
         """Those whose layer is there; a layer that was deleted is a take that was deleted."""
-        return [take for take in panel.takes if take.layer in self._layers]
+        return [take for take in panel.takes if take.layer in self.layers]
 
     def choose_take(self, panel_id: str, step: int) -> None:
         """Shows the next (1) or the one before (-1)."""
@@ -579,7 +595,7 @@ class Controller:
             panel.variation = take.variation
         self.document.show([layer], [one.layer for one in self.takes(panel) if one.layer != layer])
         self._thumbnails[panel.id] = self.document.thumbnail(panel.group, THUMBNAIL)
-        self._touch("panel", panel.id)
+        self.touch("panel", panel.id)
 
     def discard_take(self, panel_id: str) -> None:
         """Removes the layer of the take that is seen; undo brings it back."""
@@ -592,13 +608,14 @@ class Controller:
 
     def select(self, panel_ids: Sequence[str]) -> None:
         """Selected here is selected in Krita; in a stack it is also the one that is seen."""
+        self.strips.show(False)  # the panel is what the artist wants to see
         if list(panel_ids) == self.selected:
             return
         before, self.selected = self.selected, list(panel_ids)
         for panel_id in {*before, *panel_ids}:
             self.changed("panel", panel_id)
         panel = self.story.panel(panel_ids[0]) if panel_ids else None
-        if panel is not None and panel.group in self._layers and before[:1] != self.selected[:1]:
+        if panel is not None and panel.group in self.layers and before[:1] != self.selected[:1]:
             if self._panel_of(self._active) is not panel:
                 self.document.activate(panel.group)
                 self._active = panel.group
@@ -609,7 +626,7 @@ class Controller:
 
     def _layout(self) -> tuple[list[str], list[str]]:
         """Groups to show and to hide: a stack shows one panel, a page all of them."""
-        groups = [panel.group for panel in self.story.panels if panel.group in self._layers]
+        groups = [panel.group for panel in self.story.panels if panel.group in self.layers]
         chosen = self.story.panel(self.selected[0]) if self.selected else None
         if self.story.layout == "grid":
             return groups, []
@@ -623,20 +640,20 @@ class Controller:
         while layer:
             if layer in groups:
                 return groups[layer]
-            layer = self._layers[layer].parent if layer in self._layers else ""
+            layer = self.layers[layer].parent if layer in self.layers else ""
         return None
 
     # ----------------------------------------------------------------------- what the artist did in Krita
 
     def poll(self) -> None:
         """Looks at the layers: Krita has no signal for them. A millisecond or two."""
-        before = self._layers
-        self._layers = {layer.id: layer for layer in self.document.layers()}
-        if before.keys() != self._layers.keys():
+        before = self.layers
+        self.layers = {layer.id: layer for layer in self.document.layers()}
+        if before.keys() != self.layers.keys():
             self._follow_merges(before)
         for panel in self.story.panels:
             self._follow_takes(panel, before)
-        if before.keys() != self._layers.keys():
+        if before.keys() != self.layers.keys():
             self._thumbnails.clear()
             self.changed("story", "")
         selection = self.document.has_selection()
@@ -644,32 +661,33 @@ class Controller:
             self._selection = selection
             for panel in self.story.panels:
                 self.changed("panel", panel.id)
+        self.strips.poll()
         self._follow_active_layer()
         self._refresh_thumbnail()
 
     def _follow_merges(self, before: dict[str, Layer]) -> None:
         """A group that went in the same moment as one layer came was flattened into it."""
-        gone = [panel for panel in self.story.panels if panel.group in before and panel.group not in self._layers]
-        roots = [layer for layer in self._layers.values() if layer.id not in before and not layer.group]
+        gone = [panel for panel in self.story.panels if panel.group in before and panel.group not in self.layers]
+        roots = [layer for layer in self.layers.values() if layer.id not in before and not layer.group]
         if len(gone) == 1 and len(roots) == 1 and self._panel_of(roots[0].id) is None:
             panel, layer = gone[0], roots[0]
             panel.takes = [*panel.takes, Take(layer.id, made=dict(panel.take.made) if panel.take else {})]
             panel.group = panel.chosen = layer.id
-            self._touch("panel", panel.id)
+            self.touch("panel", panel.id)
 
     def _follow_takes(self, panel: Panel, before: dict[str, Layer]) -> None:
         here = self.takes(panel)
         if not here:
             return
         returned = [take for take in here if take.layer not in before]
-        seen = [take for take in here if self._layers[take.layer].visible]
+        seen = [take for take in here if self.layers[take.layer].visible]
         if returned and before and returned[-1].layer != panel.chosen:
             self._choose(panel, returned[-1].layer)  # redo
-        elif panel.chosen not in self._layers:
+        elif panel.chosen not in self.layers:
             self._choose(panel, here[-1].layer)  # undo, or deleted
         elif len(seen) == 1 and seen[0].layer != panel.chosen:
             panel.chosen = seen[0].layer  # shown in Krita's own layer list
-            self._touch("panel", panel.id)
+            self.touch("panel", panel.id)
 
     def _follow_active_layer(self) -> None:
         active = self.document.active_layer()
@@ -681,7 +699,7 @@ class Controller:
 
     def _refresh_thumbnail(self) -> None:
         """One a call: the active panel every other time, the rest in turn."""
-        panels = [panel for panel in self.story.panels if panel.group in self._layers]
+        panels = [panel for panel in self.story.panels if panel.group in self.layers]
         if not panels:
             return
         self._turn += 1
@@ -698,7 +716,7 @@ class Controller:
         if panel_id in self._previews:
             return self._previews[panel_id]
         panel = self.story.panel(panel_id)
-        if panel_id not in self._thumbnails and panel is not None and panel.group in self._layers:
+        if panel_id not in self._thumbnails and panel is not None and panel.group in self.layers:
             self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
         return self._thumbnails.get(panel_id)
 
@@ -745,7 +763,7 @@ class Controller:
 
     def progress(self) -> Progress:
         if not self._running:
-            return Progress("")
+            return Progress(self.strips.progress_text(), self.strips.fraction())
         key, running = next(iter(self._running.items()))
         works = [work for work in self._work.values() if work.key == key]
         sampling = [work for work in works if work.state == "sampling"]
@@ -756,15 +774,15 @@ class Controller:
         steps = max(1, sampling[0].steps) * len(running.panels)
         fraction = max(0.0, 1 - running.tail / steps)
         count = len(running.panels)
-        text = tr("{count} panels", count=count) if count > 1 else panel_title(self._number(running.panels[0]))
+        text = tr("{count} panels", count=count) if count > 1 else panel_title(self.number(running.panels[0]))
         if running.steps_done and running.began is not None:
             left = (self._clock() - running.began) / running.steps_done * running.tail
             text += " · " + duration_text(left)
         return Progress(text + more, fraction)
 
-    def _number(self, panel_id: str) -> int:
+    def number(self, panel_id: str) -> int:
         return next((i + 1 for i, panel in enumerate(self.story.panels) if panel.id == panel_id), 0)
 
     @property
     def working(self) -> bool:
-        return bool(self._running)
+        return bool(self._running) or self.strips.working

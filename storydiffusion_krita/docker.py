@@ -171,6 +171,13 @@ class StoryDocker(QtWidgets.QWidget):
         ):
             assert action is not None
             action.triggered.connect(lambda _=False, call=call: call(self._controller) if self._controller else None)
+        menu.addSeparator()
+        self.film_all = menu.addAction(tr("Make the frames between all panels"))
+        self.film_export = menu.addAction(tr("Export the film…"))
+        assert self.film_all is not None
+        assert self.film_export is not None
+        self.film_all.triggered.connect(lambda: self._controller.strips.make_all() if self._controller else None)
+        self.film_export.triggered.connect(self.export_film)
         self.generate.setMenu(menu)
         self._running = QtWidgets.QWidget()
         self._running.setLayout(running)
@@ -284,6 +291,14 @@ class StoryDocker(QtWidgets.QWidget):
         self.generate.setEnabled(able and (bool(missing or stale) or not controller.working))
         assert self.generate_selected is not None
         self.generate_selected.setEnabled(bool(controller.selected))
+        strips = controller.strips
+        assert self.film_all is not None
+        assert self.film_export is not None
+        self.film_all.setEnabled(any(strips.exists(panel) for panel in controller.story.panels))
+        self.film_export.setEnabled(bool(strips.layers()) and not strips.working)
+        if (failure := strips.failure()) is not None:
+            self.notice.setText(f"{failure.sentence} {failure.remedy}".strip())
+            self.notice.show()
 
     # ----------------------------------------------------------------------- doing
 
@@ -297,6 +312,17 @@ class StoryDocker(QtWidgets.QWidget):
             controller.generate()
         elif not controller.working:
             controller.generate(controller.everything(), new_seeds=True)
+
+    def export_film(self) -> None:
+        """Asks for a file, and writes the film into it."""
+        if self._controller is None:
+            return
+        kinds = "MP4 (*.mp4);;WebM (*.webm);;GIF (*.gif);;APNG (*.apng)"
+        path, kind = QtWidgets.QFileDialog.getSaveFileName(self, tr("Export the film"), "", kinds)
+        if path:
+            if "." not in path.replace("\\", "/").rsplit("/", 1)[-1]:
+                path += kind[kind.index("*") + 1 : -1]
+            self._controller.strips.export(path)
 
     def again_selected(self) -> None:
         if self._controller is not None and self._controller.selected:

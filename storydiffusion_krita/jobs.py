@@ -223,7 +223,9 @@ class JobDesk:
         self._run(work)
 
     def _picture(self, order: Order[Any], made: Made) -> Any:
-        """What goes into the document: of an inpainted area nothing but the area."""
+        """What goes into the document: of an inpainted area nothing but the area. A film is a file as it is."""
+        if order.kind == "film":
+            return made.png
         picture = self._codec.decode(made.png)
         if order.kind != "inpaint":
             return picture

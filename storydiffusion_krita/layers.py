@@ -61,6 +61,13 @@ class StoryDocument(Protocol):
     def has_selection(self) -> bool: ...
     def show_preview(self, picture: Any, rect: Rect) -> None: ...
     def remove_previews(self) -> None: ...
+    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str: ...
+    def frame(self, layer: str, time: int) -> tuple[Any, str] | None: ...
+    def film_rate(self) -> int: ...
+    def set_film(self, rate: int, end: int) -> None: ...
+    def time(self) -> int: ...
+    def seek(self, time: int) -> None: ...
+    def canvas(self) -> Any: ...
 
 
 class Node(Protocol):
@@ -81,6 +88,9 @@ class Node(Protocol):
     def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
     def projectionPixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
     def thumbnail(self, w: int, h: int) -> QtGui.QImage: ...
+    def setName(self, name: str) -> None: ...  # noqa: N802
+    def hasKeyframeAtTime(self, time: int) -> bool: ...  # noqa: N802
+    def pixelDataAtTime(self, x: int, y: int, w: int, h: int, time: int) -> Any: ...  # noqa: N802
 
 
 class Selection(Protocol):
@@ -111,6 +121,17 @@ class Document(Protocol):
     def setModified(self, modified: bool) -> None: ...  # noqa: N802
     def modified(self) -> bool: ...
     def refreshProjection(self) -> None: ...  # noqa: N802
+    def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
+    def importAnimation(self, files: list[str], first: int, step: int) -> bool: ...  # noqa: N802
+    def framesPerSecond(self) -> int: ...  # noqa: N802
+    def setFramesPerSecond(self, rate: int) -> None: ...  # noqa: N802
+    def setFullClipRangeStartTime(self, time: int) -> None: ...  # noqa: N802
+    def setFullClipRangeEndTime(self, time: int) -> None: ...  # noqa: N802
+    def fullClipRangeEndTime(self) -> int: ...  # noqa: N802
+    def setPlayBackRange(self, start: int, end: int) -> None: ...  # noqa: N802
+    def playBackEndTime(self) -> int: ...  # noqa: N802
+    def currentTime(self) -> int: ...  # noqa: N802
+    def setCurrentTime(self, time: int) -> None: ...  # noqa: N802
     def waitForDone(self) -> None: ...  # noqa: N802
     def close(self) -> bool: ...
 
@@ -120,6 +141,7 @@ class Application(Protocol):
 
     def documents(self) -> list[Document]: ...
     def activeDocument(self) -> Document | None: ...  # noqa: N802
+    def action(self, name: str) -> Any: ...
     def createDocument(  # noqa: N802
         self, w: int, h: int, name: str, model: str, depth: str, profile: str, resolution: float
     ) -> Document: ...
@@ -397,6 +419,69 @@ class KritaDocument:
         self._previewed.clear()
         self._document.refreshProjection()
         self._document.setModified(modified)
+
+    # ----------------------------------------------------------------------- the timeline
+
+    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str:
+        """A new layer of keyframes from the time `start` on, one a file; its id, "" where Krita would not.
+
+        It lies over everything but the layers `under` which it has to be: its last keyframe stays to the end of
+        time, and what comes later has to be seen. One step of undo, where nothing has to lie over it.
+        """
+        document = self._document
+        before = {_id(owned(node)) for node in document.topLevelNodes()}
+        if not document.importAnimation([str(file) for file in files], start, 1):
+            return ""
+        made = next((n for n in map(owned, document.topLevelNodes()) if _id(n) not in before), None)
+        if made is None:
+            return ""
+        made.setName(title)
+        nodes = [owned(node) for node in document.topLevelNodes()]
+        over = [i for i, node in enumerate(nodes) if _id(node) in under]
+        if over:
+            root = document.rootNode()
+            root.removeChildNode(made)
+            root.addChildNode(made, nodes[over[0] - 1] if over[0] else None)
+        self._stay(made)
+        document.setModified(True)
+        return _id(made)
+
+    def frame(self, layer: str, time: int) -> tuple[QtGui.QImage, str] | None:
+        """The keyframe at a time and a digest of its pixels, None where there is none."""
+        node = self._node(layer)
+        if node is None or not node.hasKeyframeAtTime(time):
+            return None
+        width, height = self.size()
+        data = _bytes(node.pixelDataAtTime(0, 0, width, height, time))
+        if not data:
+            return None
+        return self._eight_bit(data, width, height), pictures.digest(data)
+
+    def film_rate(self) -> int:
+        return self._document.framesPerSecond()
+
+    def set_film(self, rate: int, end: int) -> None:
+        """Frames a second (0: as they are), and the last frame that is played."""
+        document = self._document
+        if rate:
+            document.setFramesPerSecond(rate)
+        document.setFullClipRangeStartTime(0)
+        document.setFullClipRangeEndTime(end)
+        document.setPlayBackRange(0, end)
+        if document.playBackEndTime() < end:  # Krita 5.1 counts it without the last
+            document.setPlayBackRange(0, end + 1)
+
+    def time(self) -> int:
+        return self._document.currentTime()
+
+    def seek(self, time: int) -> None:
+        self._document.setCurrentTime(time)
+
+    def canvas(self) -> QtGui.QImage:
+        """All that is seen at the current time."""
+        self._document.waitForDone()
+        width, height = self.size()
+        return self._eight_bit(_bytes(self._document.pixelData(0, 0, width, height)), width, height)
 
 
 def _id(node: Node) -> str:

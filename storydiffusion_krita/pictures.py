@@ -122,6 +122,21 @@ def on_white(image: QImage) -> QImage:
     return paper
 
 
+def digest(data: bytes) -> str:
+    """Eight characters that differ where pixels do."""
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
+def save_frame(image: QImage, path: str, width: int, height: int) -> None:
+    """Write a frame for Krita to import, at the size of the canvas.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not cropped(image, width, height).save(path, "PNG", 100):
+        raise OSError(f"{path} cannot be written")
+
+
 def look(image: QImage) -> str:
     """A digest of what a picture looks like, from a few hundred of its pixels."""
     small = image.scaled(24, 24, Qt.AspectRatioMode.IgnoreAspectRatio, Qt.TransformationMode.SmoothTransformation)

@@ -59,6 +59,26 @@ class Take:
 
 
 @dataclass
+class Strip:
+    """The way from a panel to the next, as frames of film.
+
+    `layer` holds them as keyframes from the time `start` on, the two panels first and last. `placed` are digests of
+    the frames as they were put there: one that looks otherwise was painted by the artist. `ends` are what the two
+    panels looked like then, and `to` is the second of them. `hold` is for how many frames that one is shown.
+    """
+
+    frames: int = 16
+    hold: int = 12
+    prompt: str = ""
+    variation: int = 0
+    layer: str = ""
+    start: int = 0
+    placed: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    to: str = ""
+
+
+@dataclass
 class Panel:
     """One picture of the story; `group` is the id of its layer, `chosen` that of the take that is seen.
 
@@ -77,6 +97,7 @@ class Panel:
     takes: list[Take] = field(default_factory=list)
     chosen: str = ""
     line: str = ""
+    strip: Strip = field(default_factory=Strip)
 
     @property
     def take(self) -> Take | None:
@@ -103,6 +124,7 @@ class Story:
     steps: int | None = None
     guidance_scale: float | None = None
     layout: str = "stack"
+    rate: int = 12
     counter: int = 0
 
     # ----------------------------------------------------------------------- looking
@@ -320,7 +342,13 @@ def dump(story: Story) -> bytes:
 
 def _compact(entry: Panel | Note) -> dict[str, Any]:
     """Only what differs from a new one."""
-    return {k: v for k, v in asdict(entry).items() if k == "id" or v not in ("", None, False, 0, [])}
+    table = {k: v for k, v in asdict(entry).items() if k == "id" or v not in ("", None, False, 0, [])}
+    if isinstance(entry, Panel):
+        new = asdict(Strip())
+        table["strip"] = {k: v for k, v in table["strip"].items() if v != new[k]}
+        if not table["strip"]:
+            del table["strip"]
+    return table
 
 
 def load(data: bytes) -> Story:
@@ -357,6 +385,7 @@ def _story(table: dict[str, Any]) -> Story:
 def _panel(table: dict[str, Any]) -> Panel:
     panel = _made(Panel, table)
     panel.takes = [_made(Take, take) for take in table.get("takes", ())]
+    panel.strip = _made(Strip, table.get("strip", {}))
     return panel
 
 

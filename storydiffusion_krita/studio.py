@@ -110,7 +110,15 @@ class Studio(QtCore.QObject):
             if isinstance(one, KritaDocument) and one.is_of(document):
                 return controller
         adapter = KritaDocument(self._application, document)
-        controller = Controller(adapter, self.desk, self._defer, sheet_of)
+        controller = Controller(
+            adapter,
+            self.desk,
+            self._defer,
+            sheet_of,
+            background=self._background,
+            save_frame=pictures.save_frame,
+        )
+        controller.strips.play_asked = self._play
         controller.previews = self.settings.previews
         self._controllers.append((adapter, controller))
         self._tell_model_size(controller)
@@ -118,6 +126,20 @@ class Studio(QtCore.QObject):
 
     def _defer(self, call: Callable[[], None]) -> None:
         QtCore.QTimer.singleShot(0, call)
+
+    def _background(self, call: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """In a thread of its own: files of a film must not wait for pictures that travel."""
+
+        def work() -> None:
+            result = call()
+            self._poster.post(lambda: then(result))
+
+        threading.Thread(target=work, name="storydiffusion files", daemon=True).start()
+
+    def _play(self) -> None:
+        action = self._application.action("toggle_playback")
+        if action is not None:
+            action.trigger()
 
     def poll(self) -> None:
         """Which document is active, and what the artist did in it."""

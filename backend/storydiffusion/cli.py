@@ -81,8 +81,9 @@ def parser() -> argparse.ArgumentParser:
     again.set_defaults(run=run_regenerate)
 
     evaluate = commands.add_parser("evaluate", help="measure the embedded model")
-    evaluate.add_argument("what", choices=("consistency",))
+    evaluate.add_argument("what", choices=("consistency", "transitions"))
     evaluate.add_argument("--stories", type=int, default=50, help="how many of the fixed stories")
+    evaluate.add_argument("--clips", type=int, default=100, help="how many of the held-out clips")
     evaluate.add_argument("--rows", help="comma-separated row names (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets here")
@@ -374,6 +375,7 @@ def _report(args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: f
 def run_evaluate(args: argparse.Namespace) -> None:
     try:
         from training.evaluate import evaluate_consistency
+        from training.evaluate_motion import evaluate_transitions
     except ImportError as error:
         raise StoryDiffusionError(
             "The evaluation draws its own world, which an installed wheel does not carry.",
@@ -381,6 +383,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         ) from error
     quiet_libraries()
     rows = args.rows.split(",") if args.rows else None
+    if args.what == "transitions":
+        evaluate_transitions(args.clips, rows, args.json, args.pictures, args.model)
+        return
     evaluate_consistency(stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model)
 
 

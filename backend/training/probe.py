@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training import data, world
+from training import clips, data, motion, world
 from training.common import Training, channels_last, half_precision, load_tensors, save_tensors, training_options
 from training.encode import to_tensor
 
@@ -209,6 +209,18 @@ def load_counted(folder: Path, empty: int = 1000) -> tuple[Tensor, Tensor]:
     return torch.cat([((x + 1) * 127.5).round().byte() for x in shown]), torch.tensor(counts)
 
 
+def load_moving(folder: Path) -> tuple[Tensor, Tensor]:
+    """Frames of the moving storyworld at half size, (frames, 3, 128, 128) uint8, and where the character stands in
+    each, (frames, 3): anywhere, as single pictures do not have it."""
+    pictures = torch.from_numpy(motion.load(folder, "pictures"))
+    boxes = []
+    for i in range(len(pictures)):
+        clip = clips.clip(i)
+        for frame, (x, y) in zip(clip.frames, clips.trajectory(clip), strict=True):
+            boxes.append(Box(x, y, frame.scene.cells[0].figures[0].scale * frame.view.zoom))
+    return pictures.flatten(0, 1), torch.tensor(boxes)
+
+
 def roughen(x: Tensor) -> Tensor:
     """Blur and noise (batch, 3, 128, 128) pictures the ways a generator does, half of them not at all."""
     kinds = torch.randint(6, (len(x), 1, 1, 1))
@@ -238,6 +250,7 @@ def moved(kept: Tensor) -> Tensor:
 def train(args: argparse.Namespace) -> None:
     small, cut = load_singles(args.data)
     mixed, counts = load_counted(args.mixed)
+    frames, places = load_moving(args.clips)
     scenes = [data.scene(i, "single") for i in range(len(small))]
     truths = [
         {name: torch.tensor(values) for name, values in _columns([truth(s, flip) for s in scenes]).items()}
@@ -252,18 +265,21 @@ def train(args: argparse.Namespace) -> None:
     for _ in training:
         chosen = torch.tensor([rng.randrange(len(small)) for _ in range(args.batch)])
         others = torch.tensor([rng.randrange(len(mixed)) for _ in range(args.batch // 4)])
+        moving = torch.tensor([rng.randrange(len(frames)) for _ in range(args.batch // 2)])
         flip = rng.random() < 0.5
 
         def picked(of: Tensor, numbers: Tensor, flip: bool = flip) -> Tensor:
             x = of[numbers].float() / 127.5 - 1
             return x.flip(-1) if flip else x
 
-        whole = shifted(roughen(torch.cat([picked(small, chosen), picked(mixed, others)])), rng)
+        everything = torch.cat([picked(small, chosen), picked(mixed, others), picked(frames, moving)])
+        whole = shifted(roughen(everything), rng)
         alone = roughen(moved(picked(cut, chosen)))
         with half_precision():
             *scene, count, box = probe.scene(whole.contiguous(memory_format=torch.channels_last))
             figure = probe.figure(alone.contiguous(memory_format=torch.channels_last))
-        target, where = {name: values[chosen] for name, values in truths[int(flip)].items()}, boxes[chosen]
+        target = {name: values[chosen] for name, values in truths[int(flip)].items()}
+        where = torch.cat([boxes[chosen], places[moving]])
         if flip:
             where = torch.cat([world.SIZE - where[:, :1], where[:, 1:]], 1)
         answers = dict(zip((*SCENE_ATTRIBUTES, *FIGURE_ATTRIBUTES), (*scene, *figure), strict=True))
@@ -271,10 +287,11 @@ def train(args: argparse.Namespace) -> None:
             F.cross_entropy(logits[: args.batch].float(), target[name], ignore_index=-100)
             for name, logits in answers.items()
         ]
-        many = torch.cat([torch.ones(args.batch, dtype=torch.long), counts[others]])
-        off = (from_numbers(box[: args.batch].float()) - where).abs().mean(0)
-        losses += [F.cross_entropy(count.float(), many), (to_numbers(where) - box[: args.batch].float()).abs().sum()]
-        losses[-1] = losses[-1] / args.batch * 2
+        ones = torch.ones(args.batch + len(moving), dtype=torch.long)
+        many = torch.cat([ones[: args.batch], counts[others], ones[args.batch :]])
+        placed = torch.cat([box[: args.batch], box[args.batch + len(others) :]]).float()
+        off = (from_numbers(placed) - where).abs().mean(0)
+        losses += [F.cross_entropy(count.float(), many), 6 * (to_numbers(where) - placed).abs().mean()]
         training.learn(torch.stack(losses).sum(), pixels_off=off[:2].mean().item())
     training.finish()
     state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in probe.state_dict().items()}
@@ -310,6 +327,7 @@ def main() -> None:
     parser = training_options(__doc__, PROBE, steps=3000, batch=64, lr=2e-3)
     parser.set_defaults(data=Path("build/singles"))
     parser.add_argument("--mixed", type=Path, default=data.DATA, help="pictures of all layouts")
+    parser.add_argument("--clips", type=Path, default=motion.DATA, help="what `training.motion draw` has drawn")
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--measure", action="store_true", help="only measure the probe that is there")
     args = parser.parse_args()

@@ -137,6 +137,8 @@ GLYPHS: dict[str, Callable[[], QtGui.QPainterPath]] = {
     "grip": _grip,
     "script": _script,
     "plus": lambda: _plus(),
+    "film": lambda: _film(),
+    "play": lambda: _line((5, 3.5), (12.5, 8), (5, 12.5), (5, 3.5)),
     "previous": lambda: _line((10, 3.5), (5.5, 8), (10, 12.5)),
     "next": lambda: _line((6, 3.5), (10.5, 8), (6, 12.5)),
 }
@@ -145,6 +147,17 @@ GLYPHS: dict[str, Callable[[], QtGui.QPainterPath]] = {
 def _plus() -> QtGui.QPainterPath:
     path = _line((8, 3), (8, 13))
     path.addPath(_line((3, 8), (13, 8)))
+    return path
+
+
+def _film() -> QtGui.QPainterPath:
+    path = QtGui.QPainterPath()
+    path.addRoundedRect(QtCore.QRectF(2.5, 3.5, 11, 9), 1, 1)
+    for x in (5.0, 11.0):
+        path.addPath(_line((x, 3.5), (x, 12.5)))
+    for y in (6.5, 9.5):
+        path.addPath(_line((2.5, y), (5, y)))
+        path.addPath(_line((11, y), (13.5, y)))
     return path
 
 

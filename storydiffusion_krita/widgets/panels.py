@@ -8,9 +8,10 @@ from functools import partial
 from ..controller import Controller
 from ..progress import PanelView
 from ..qt import Qt, QtCore, QtGui, QtWidgets
-from ..story_state import MAX_SEED
+from ..story_state import MAX_SEED, Panel
 from ..texts import tr
 from .basics import GlyphButton, GrowingEdit, Label, Signal, TagHighlighter, ThinBar, Thumbnail, mixed
+from .strips import StripRow
 
 TONES = {"done": "quiet", "stale": "warn", "problem": "bad", "failed": "bad", "empty": "quiet"}
 THUMBNAIL = 56
@@ -259,6 +260,7 @@ class PanelList(QtWidgets.QWidget):
         super().__init__()
         self._controller: Controller | None = None
         self.rows: dict[str, PanelRow] = {}
+        self.strips: dict[str, StripRow] = {}
         self.order: list[str] = []
         self._colours: dict[str, str] = {}
         self._colour_of: Callable[[str], str] = lambda name: ""
@@ -284,12 +286,16 @@ class PanelList(QtWidgets.QWidget):
         for panel in panels:
             if panel.id not in self.rows:
                 self.rows[panel.id] = self._new_row(controller, panel.id)
+                self.strips[panel.id] = StripRow(controller, panel.id)
         if order != self.order:
             self.order = order
             for at, panel_id in enumerate(order):
-                self._layout.insertWidget(at, self.rows[panel_id])
+                row, strip = self.rows[panel_id], self.strips[panel_id]
+                self._layout.insertWidget(2 * at, row)
+                self._layout.insertWidget(2 * at + 1, strip)
+                QtWidgets.QWidget.setTabOrder(row.more, strip.frames)
                 if at:
-                    QtWidgets.QWidget.setTabOrder(self.rows[order[at - 1]].more, self.rows[panel_id])
+                    QtWidgets.QWidget.setTabOrder(self.strips[order[at - 1]].more, row)
         for panel_id in order:
             self.show_panel(panel_id)
 
@@ -298,6 +304,17 @@ class PanelList(QtWidgets.QWidget):
         panel = controller.story.panel(panel_id) if controller is not None else None
         if controller is not None and row is not None and panel is not None:
             row.show_panel(controller.view(panel), controller.thumbnail(panel_id), self._colour_of)
+            self._show_strip(controller, panel)
+            before = self.order.index(panel_id) - 1 if panel_id in self.order else -1
+            if before >= 0 and (above := controller.story.panel(self.order[before])) is not None:
+                self._show_strip(controller, above)  # which leads to this panel
+
+    def _show_strip(self, controller: Controller, panel: Panel) -> None:
+        strip = self.strips[panel.id]
+        exists = controller.strips.exists(panel)
+        strip.setVisible(exists)
+        if exists:
+            strip.show_strip(controller.strips.view(panel))
 
     def _new_row(self, controller: Controller, panel_id: str) -> PanelRow:
         row = PanelRow(controller, panel_id)
@@ -310,10 +327,10 @@ class PanelList(QtWidgets.QWidget):
 
     def _drop_rows(self, names: list[str]) -> None:
         for name in names:
-            row = self.rows.pop(name)
-            self._layout.removeWidget(row)
-            row.hide()
-            row.deleteLater()
+            for row in (self.rows.pop(name), self.strips.pop(name)):
+                self._layout.removeWidget(row)
+                row.hide()
+                row.deleteLater()
             self.order = [one for one in self.order if one != name]
 
     def _choose(self, panel_id: str, modifiers: Qt.KeyboardModifier) -> None:

@@ -38,6 +38,10 @@ class FakeDocument:
         self.previews: list[Any] = []
         self.reads: list[str] = []
         self._size, self._ids = size, itertools.count(1)
+        #: pictures by the path they were written to; keyframes by layer and time
+        self.files: dict[str, Any] = {}
+        self.keyframes: dict[str, dict[int, Any]] = {}
+        self.clip, self.now = (24, 100), 0
 
     def is_open(self) -> bool:
         return self.open
@@ -118,6 +122,44 @@ class FakeDocument:
     def remove_previews(self) -> None:
         self.previews.clear()
 
+    # the timeline
+
+    def save_frame(self, picture: Any, path: str, width: int, height: int) -> None:
+        self.files[path] = picture
+
+    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str:
+        layer = self.add(title)
+        node = self.nodes.pop()
+        at = min((i for i, one in enumerate(self.nodes) if one.id in under), default=len(self.nodes))
+        self.nodes.insert(at, node)
+        self.keyframes[layer] = {start + i: self.files[file] for i, file in enumerate(files)}
+        return layer
+
+    def frame(self, layer: str, time: int) -> tuple[Any, str] | None:
+        picture = self.keyframes[layer].get(time)
+        return None if picture is None else (picture, f"digest of {picture}")
+
+    def film_rate(self) -> int:
+        return self.clip[0]
+
+    def set_film(self, rate: int, end: int) -> None:
+        self.clip = (rate or self.clip[0], end)
+
+    def time(self) -> int:
+        return self.now
+
+    def seek(self, time: int) -> None:
+        self.now = time
+
+    def canvas(self) -> Any:
+        """The topmost layer that is seen and has something at this time."""
+        for node in reversed(self.nodes):
+            if node.visible and node.id in self.keyframes:
+                shown = [time for time in self.keyframes[node.id] if time <= self.now]
+                if shown:
+                    return self.keyframes[node.id][max(shown)]
+        return "panels"
+
     def undo(self) -> None:
         """Takes the layer away that was added last."""
         added = max(self.nodes, key=lambda node: int(node.id.strip("{}")))
@@ -159,6 +201,9 @@ class FakeDesk:
         failure = Failure(kind, sentence, remedy)
         self._tell[self.last.key](Told(self.last.key, "failed", {}, failure=failure))
 
+    def results(self, order: Order[Any], results: list[tuple[str, Any, int]]) -> None:
+        self._tell[order.key](Told(order.key, "results", {}, results=results))
+
     def finish(self, order: Order[Any] | None = None, picture: Callable[[str], Any] | None = None) -> None:
         order = order or self.last
         draw = picture or (lambda panel: f"{panel}#{len(self.orders)}")
@@ -198,8 +243,23 @@ class Scene:
     def reopen(self) -> None:
         """As if the document had been closed and opened."""
         self.controller = Controller(
-            self.document, self.desk, self.turns.defer, lambda picture: str(picture).encode(), lambda: self.now
+            self.document,
+            self.desk,
+            self.turns.defer,
+            lambda picture: str(picture).encode(),
+            lambda: self.now,
+            background=lambda call, then: self.turns.defer(lambda: then(call())),
+            save_frame=self.document.save_frame,
         )
+
+    def film(self, picture: Callable[[int], Any] = lambda i: f"frame {i}") -> None:
+        """What was asked for between panels comes back, to the end."""
+        self.turns.run()
+        order = self.desk.last
+        given = {one["frame"] for one in order.request["keyframes"]}
+        between = [frame for frame in range(order.request["frames"]) if frame not in given]
+        self.desk.results(order, [(order.panels[0], picture(frame), 0) for frame in between])
+        self.turns.run()
 
     def story(self, *lines: str, characters: Sequence[str] = ("Mira",)) -> Controller:
         for name in characters:

@@ -1,0 +1,507 @@
+"""The ways between panels: frames on Krita's timeline. No Qt, no Krita.
+
+Kept here: frames that the artist painted are never made again, and stay to the pixel; a strip that is made again is
+a new layer, the earlier one is hidden and kept. Every slow thing is a step in a turn of the event loop of its own,
+files are written by another thread.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import orders
+from .client import Failure
+from .jobs import Told
+from .layers import panel_title
+from .orders import Order
+from .progress import Work, working_text
+from .story_state import Panel, Story
+from .texts import tr
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+EXPORT = "export"
+MAX_FRAMES, MAX_HOLD = 200, 500
+
+
+@dataclass(frozen=True)
+class StripView:
+    """What a strip's row shows. `state` is a panel's, or 'painted' where the artist painted in it."""
+
+    id: str
+    frames: int
+    hold: int
+    rate: int
+    prompt: str
+    state: str
+    text: str
+    remedy: str
+    fraction: float | None
+    made: bool
+    can: bool
+
+
+@dataclass
+class _Making:
+    """A strip on its way: the pictures that are given, by frame, until those between have come; or a film on
+    its way to `path`."""
+
+    key: str
+    panel: str
+    at: int | None
+    given: dict[int, Any] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
+    frames: int = 0
+    variation: int = 0
+    path: str = ""
+
+
+def starts(story: Story) -> dict[str, int]:
+    """At which time each way begins, by the panel it leads from: one after the other, made or not, so that one
+    that is made later does not move the others."""
+    found, at = {}, 0
+    for panel in story.panels[:-1]:
+        found[panel.id] = at
+        at += panel.strip.frames - 1 + panel.strip.hold
+    return found
+
+
+class Strips:
+    """The strips of one document's story.
+
+    Args:
+        controller: whose story and document they are.
+        background: calls something in another thread, then something else with its result in this one.
+        save_frame: writes a picture to a path, at a width and height.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        background: Callable[[Callable[[], Any], Callable[[Any], None]], None],
+        save_frame: Callable[[Any, str, int, int], None],
+    ) -> None:
+        self._controller, self._background, self._save_frame = controller, background, save_frame
+        self._work: dict[str, Work] = {}
+        self._making: dict[str, _Making] = {}
+        self._failures: dict[str, Failure] = {}
+        #: asked to play the film from here on; whoever knows Krita's actions does it
+        self.play_asked: Callable[[], None] = lambda: None
+        self.shown = False
+
+    # ----------------------------------------------------------------------- what there is
+
+    @property
+    def working(self) -> bool:
+        return bool(self._work)
+
+    def next_of(self, panel: Panel) -> Panel | None:
+        panels = self._controller.story.panels
+        at = panels.index(panel) + 1
+        return panels[at] if at < len(panels) else None
+
+    def exists(self, panel: Panel) -> bool:
+        """Whether there is a way to show: both panels have art, and fill the canvas."""
+        following = self.next_of(panel)
+        one = self._controller
+        return following is not None and one.story.layout == "stack" and one.has_art(panel) and one.has_art(following)
+
+    def made(self, panel: Panel) -> bool:
+        return bool(panel.strip.layer) and panel.strip.layer in self._controller.layers
+
+    def layers(self) -> list[str]:
+        """Of all strips that are made, in the story's order."""
+        return [panel.strip.layer for panel in self._controller.story.panels if self.made(panel)]
+
+    def end(self) -> int:
+        """The last frame of the film."""
+        found = 0
+        for panel in self._controller.story.panels:
+            if self.made(panel):
+                found = max(found, panel.strip.start + len(panel.strip.placed) - 1 + panel.strip.hold - 1)
+        return found
+
+    def _id(self, panel: Panel) -> str:
+        following = self.next_of(panel)
+        return f"{panel.id}-{following.id if following is not None else ''}"
+
+    def _stale(self, panel: Panel) -> str:
+        """What changed since the strip was made, in words."""
+        strip, following = panel.strip, self.next_of(panel)
+        document = self._controller.document
+        if following is None:
+            return ""
+        if strip.to != following.id or strip.ends != [document.look(panel.group), document.look(following.group)]:
+            return tr("a panel has changed since this was made")
+        if len(strip.placed) != strip.frames:
+            return tr("made with {count} frames", count=len(strip.placed))
+        return ""
+
+    def view(self, panel: Panel) -> StripView:
+        strip, work, failure = panel.strip, self._work.get(panel.id), self._failures.get(panel.id)
+        made, fraction, remedy = self.made(panel), None, ""
+        if work is not None:
+            state, text = work.state, working_text(work)
+            fraction = work.step / work.steps if work.state == "sampling" and work.steps else None
+        elif failure is not None:
+            state, text, remedy = "failed", failure.sentence, failure.remedy
+        elif made and (stale := self._stale(panel)):
+            state, text = "stale", stale
+        else:
+            state, text = ("done" if made else "empty"), ""
+        can = work is None and not self._controller.readonly
+        return StripView(
+            panel.id, strip.frames, strip.hold, self._controller.story.rate, strip.prompt, state, text, remedy,
+            fraction, made, can,
+        )  # fmt: skip
+
+    def poll(self) -> None:
+        """The artist may have shown or hidden the film in Krita's own layer list."""
+        layers = self.layers()
+        self.shown = any(self._controller.layers[layer].visible for layer in layers)
+
+    # ----------------------------------------------------------------------- edits
+
+    def set(self, panel_id: str, **values: Any) -> None:
+        """`frames`, `hold`, `prompt`."""
+        panel = self._controller.story.panel(panel_id)
+        if panel is None or self._controller.readonly:
+            return
+        if "frames" in values:
+            values["frames"] = min(max(int(values["frames"]), 2), MAX_FRAMES)
+        if "hold" in values:
+            values["hold"] = min(max(int(values["hold"]), 1), MAX_HOLD)
+        if any(getattr(panel.strip, name) != value for name, value in values.items()):
+            for name, value in values.items():
+                setattr(panel.strip, name, value)
+            self._failures.pop(panel_id, None)
+            self._controller.touch("panel", panel_id)
+
+    # ----------------------------------------------------------------------- making
+
+    def make(self, panel_id: str, at: int | None = None, new_seed: bool = False) -> None:
+        """Makes the frames between a panel and the next; those that the artist painted stay.
+
+        Args:
+            at: the time they begin at; None for their place in the story.
+        """
+        panel = self._controller.story.panel(panel_id)
+        if panel is None or panel_id in self._work or not self.exists(panel) or self._controller.readonly:
+            return
+        making = _Making(uuid.uuid4().hex, panel_id, at, frames=panel.strip.frames)
+        making.variation = panel.strip.variation + (1 if new_seed else 0)
+        self._making[making.key] = making
+        self._work[panel_id] = Work(making.key)
+        self._failures.pop(panel_id, None)
+        self._controller.changed("panel", panel_id)
+        self._controller.changed("progress", "")
+        self._in_turns(making, self._send(making, panel))
+
+    def make_all(self) -> None:
+        """Every way that is not made, or not any more what its panels are."""
+        for panel in self._controller.story.panels:
+            if self.exists(panel) and (not self.made(panel) or self._stale(panel)):
+                self.make(panel.id)
+
+    def _in_turns(self, making: _Making, steps: Iterator[None]) -> None:
+        """One step a turn of the event loop, as long as nobody has cancelled."""
+
+        def turn() -> None:
+            if making.key not in self._making:
+                steps.close()  # type: ignore[attr-defined]
+                return
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            except Exception:
+                self._fail(making, Failure("error", tr("The frames could not be put into the document.")))
+                raise
+            self._controller.defer(turn)
+
+        self._controller.defer(turn)
+
+    def _send(self, making: _Making, panel: Panel) -> Iterator[None]:
+        controller, document = self._controller, self._controller.document
+        following = self.next_of(panel)
+        assert following is not None
+        for frame, one in ((0, panel), (making.frames - 1, following)):
+            making.given[frame] = document.picture(one.group, controller.rect(one))
+            making.ends.append(document.look(one.group))
+            yield
+        for frame, picture in self._painted(panel):
+            if picture is not None:
+                last = max(1, len(panel.strip.placed) - 1)
+                making.given[round(frame * (making.frames - 1) / last)] = picture
+            yield
+        order = self._order(making, panel)
+        if len(making.given) == making.frames:  # nothing between
+            self._in_turns(making, self._place(making, {}))
+        else:
+            controller.submit(order, self.told)
+
+    def _painted(self, panel: Panel) -> Iterator[tuple[int, Any]]:
+        """Every frame of a strip that is made, with its picture where the artist painted in it."""
+        if self.made(panel):
+            for frame, before in enumerate(panel.strip.placed):
+                found = self._controller.document.frame(panel.strip.layer, panel.strip.start + frame)
+                yield frame, found[0] if found is not None and found[1] != before else None
+
+    def _order(self, making: _Making, panel: Panel) -> Order[Any]:
+        controller, strip = self._controller, panel.strip
+        width, height = controller.document.size()
+        size = orders.size_for((width, height), controller.model_size, controller.model_longest)
+        given = sorted(making.given.items())
+        story = orders.wire_story(controller.story, size, {})
+        story["seed"] = (story["seed"] + making.variation) % 2**63
+        request = {
+            "kind": "transition",
+            "id": self._id(panel),
+            "story": story,
+            "frames": making.frames,
+            "keyframes": [{"frame": frame, "image": i} for i, (frame, _) in enumerate(given)],
+            "prompt": " ".join(strip.prompt.split()),
+            "previews": controller.previews,
+        }
+        images = tuple((picture, size) for _, picture in given)
+        return Order(making.key, "transition", (self._id(panel),), request, images)
+
+    # ----------------------------------------------------------------------- what is told
+
+    def told(self, told: Told) -> None:
+        making = self._making.get(told.key)
+        work = self._work.get(making.panel) if making is not None else None
+        if making is None or work is None:
+            return
+        states = {"waiting": "waiting", "sent": "queued", "position": "queued", "loading": "loading",
+                  "started": "loading", "step": "sampling", "panel": "placing"}  # fmt: skip
+        if told.kind == "results":
+            work.state = "placing"
+            between = [frame for frame in range(making.frames) if frame not in making.given]
+            made = {frame: picture for frame, (_, picture, _) in zip(between, told.results, strict=True)}
+            if making.path:
+                self._exported(making, told.results[0][1])
+            else:
+                self._in_turns(making, self._place(making, made))
+        elif told.kind == "failed":
+            assert told.failure is not None
+            self._fail(making, told.failure)
+        elif told.kind in ("cancelled", "expired"):
+            self._end(making)
+        elif told.kind in states:
+            work.state = states[told.kind]
+            work.step, work.steps = told.data.get("step", 0), told.data.get("steps", 0)
+            work.position = told.data.get("position", work.position)
+            self._controller.changed("panel", making.panel)
+            self._controller.changed("progress", "")
+
+    def _fail(self, making: _Making, failure: Failure) -> None:
+        self._failures[making.panel] = failure
+        self._end(making)
+
+    def _end(self, making: _Making) -> None:
+        self._making.pop(making.key, None)
+        self._work.pop(making.panel, None)
+        self._controller.changed("panel", making.panel)
+        self._controller.changed("progress", "")
+
+    def cancel(self, panel_id: str = "") -> None:
+        """Stops the making of a strip, or of all."""
+        for making in list(self._making.values()):
+            if panel_id in ("", making.panel):
+                self._controller.withdraw(making.key)
+                self._end(making)
+
+    # ----------------------------------------------------------------------- onto the timeline
+
+    def _place(self, making: _Making, made: Mapping[int, Any]) -> Iterator[None]:
+        """All frames as one layer of keyframes at their time."""
+        controller, document = self._controller, self._controller.document
+        panel = controller.story.panel(making.panel)
+        if panel is None or not document.is_open():
+            self._end(making)
+            return
+        pictures = {**made, **making.given}
+        start = starts(controller.story).get(panel.id, 0) if making.at is None else making.at
+        title = f"{panel_title(controller.number(panel.id))} → {controller.number(panel.id) + 1}"
+        first = not self.layers()
+        box: list[Any] = []
+        self._write([pictures[frame] for frame in range(making.frames)], box.append)
+        while not box:
+            yield
+        if isinstance(box[0], Failure):
+            self._fail(making, box[0])
+            return
+        folder, files = box[0]
+        try:
+            later = [one.strip.layer for one in controller.story.panels
+                     if one is not panel and self.made(one) and one.strip.start > start]  # fmt: skip
+            layer = document.import_frames(title, files, start, later)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not layer:
+            self._fail(making, Failure("error", tr("Krita could not import the frames.")))
+            return
+        controller.poll()
+        yield
+        placed = []
+        for frame in range(making.frames):
+            found = document.frame(layer, start + frame)
+            placed.append(found[1] if found is not None else "")
+            yield
+        strip, earlier = panel.strip, panel.strip.layer
+        strip.layer, strip.start, strip.placed, strip.ends = layer, start, placed, making.ends
+        strip.variation, strip.to = making.variation, self._id(panel).partition("-")[2]
+        document.set_film(controller.story.rate if first else 0, self.end())
+        self.shown = True
+        document.show(self.layers(), [earlier] if earlier in controller.layers else [])
+        document.seek(start)
+        self._end(making)
+        controller.touch("panel", panel.id)
+
+    def _write(self, pictures: list[Any], then: Callable[[Any], None]) -> None:
+        """Pictures as files in a folder of their own, by another thread: (folder, files), or a failure."""
+        width, height = self._controller.document.size()
+
+        def work() -> Any:
+            folder = tempfile.mkdtemp(prefix="storydiffusion-")
+            files = [str(Path(folder) / f"{number:04d}.png") for number in range(len(pictures))]
+            try:
+                for picture, file in zip(pictures, files, strict=True):
+                    self._save_frame(picture, file, width, height)
+            except OSError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                return Failure("disk_full", tr("The frames could not be written: {reason}.", reason=str(error)))
+            return folder, files
+
+        self._background(work, then)
+
+    # ----------------------------------------------------------------------- looking at them
+
+    def show(self, shown: bool) -> None:
+        """The film over the panels, or the panels."""
+        layers = self.layers()
+        if shown != self.shown and layers:
+            self.shown = shown
+            self._controller.document.show(*((layers, []) if shown else ([], layers)))
+
+    def play(self, panel_id: str) -> None:
+        """The film from this way on."""
+        panel = self._controller.story.panel(panel_id)
+        if panel is not None and self.made(panel):
+            self.shown = False
+            self.show(True)
+            self._controller.document.seek(panel.strip.start)
+            self.play_asked()
+
+    def discard(self, panel_id: str) -> None:
+        """Removes the strip's layer; undo brings it back."""
+        panel = self._controller.story.panel(panel_id)
+        if panel is not None and self.made(panel):
+            self._controller.document.remove(panel.strip.layer)
+            self._controller.poll()
+            self._controller.changed("panel", panel_id)
+
+    # ----------------------------------------------------------------------- a file
+
+    def export(self, path: str) -> None:
+        """The film as a file: what the canvas shows at every time, captions with it where the format holds them."""
+        if EXPORT in self._work or not self.layers():
+            return
+        making = _Making(uuid.uuid4().hex, EXPORT, None, frames=1, path=path)
+        self._making[making.key] = making
+        self._work[EXPORT] = Work(making.key)
+        self._failures.pop(EXPORT, None)
+        self._controller.changed("progress", "")
+        self._in_turns(making, self._read_film(making, Path(path).suffix.lower()))
+
+    def _read_film(self, making: _Making, suffix: str) -> Iterator[None]:
+        document, end = self._controller.document, self.end()
+        before, was_shown = document.time(), self.shown
+        self.shown = False
+        self.show(True)
+        images: list[Any] = []
+        frames: list[dict[str, int]] = []
+        try:
+            for time in range(end + 1):
+                document.seek(time)
+                yield
+                picture = document.canvas()
+                if images and images[-1] == picture:
+                    frames[-1]["count"] += 1
+                else:
+                    images.append(picture)
+                    frames.append({"image": len(images) - 1, "count": 1})
+                yield
+        finally:
+            document.seek(before)
+            self.show(was_shown)
+        request = {
+            "kind": "film",
+            "format": suffix,
+            "rate": float(document.film_rate()),
+            "frames": frames,
+            "captions": self._captions() if suffix in (".mp4", ".webm") else [],
+        }
+        order: Order[Any] = Order(making.key, "film", ("film",), request, tuple((one, None) for one in images))
+        self._controller.submit(order, self.told)
+
+    def _captions(self) -> list[dict[str, Any]]:
+        """Each panel's caption while it is held, and the first's while it begins to move."""
+        found = []
+        panels = self._controller.story.panels
+        for number, panel in enumerate(panels):
+            if self.made(panel) and panel.caption and (not number or not self.made(panels[number - 1])):
+                found.append({"text": panel.caption, "start": panel.strip.start, "length": len(panel.strip.placed) - 1})
+            following = self.next_of(panel)
+            if self.made(panel) and following is not None and following.caption:
+                start = panel.strip.start + len(panel.strip.placed) - 1
+                found.append({"text": following.caption, "start": start, "length": panel.strip.hold})
+        return found
+
+    def _exported(self, making: _Making, content: bytes) -> None:
+        path = Path(making.path)
+
+        def work() -> Failure | None:
+            draft = path.with_name(f".{path.name}.part")
+            try:
+                draft.write_bytes(content)
+                draft.replace(path)
+            except OSError as error:
+                draft.unlink(missing_ok=True)
+                return Failure("disk_full", tr("The film could not be written: {reason}.", reason=str(error)))
+            return None
+
+        def done(failure: Failure | None) -> None:
+            if failure is not None:
+                self._fail(making, failure)
+            else:
+                self._controller.notice = tr("The film was written to {path}.", path=str(path))
+                self._end(making)
+                self._controller.changed("story", "")
+
+        self._background(work, done)
+
+    def progress_text(self) -> str:
+        """The docker's last line while a strip or a film is made, "" when none is."""
+        if not self._work:
+            return ""
+        panel_id, work = next(iter(self._work.items()))
+        number = self._controller.number(panel_id)
+        what = tr("Film") if panel_id == EXPORT else f"{panel_title(number)} → {number + 1}"
+        return f"{what} · {working_text(work)}"
+
+    def fraction(self) -> float | None:
+        work = next(iter(self._work.values()), None)
+        return work.step / work.steps if work is not None and work.state == "sampling" and work.steps else None
+
+    def failure(self) -> Failure | None:
+        """Why the last export did not come to be."""
+        return self._failures.get(EXPORT)
