@@ -184,3 +184,65 @@ def test_what_no_given_picture_shows_stays_as_it_was_decoded() -> None:
     given = [(0.0, Given(*scene(20)))]
     frame = np.full((96, 96, 3), (30, 200, 90), np.uint8)
     assert error(carried(frame, 0.5, given), frame) < 1
+
+
+# --------------------------------------------------------------------------- full-size parts, small
+
+
+def ip_adapter_state(unet: Any, width: int, channels: int) -> dict[str, torch.Tensor]:
+    """Random weights of IP-Adapter Plus as its file names them, for a U-Net."""
+    torch.manual_seed(4)
+    inner = 64 * 12
+    state = {
+        "image_proj.latents": torch.randn(1, 4, inner),
+        "image_proj.proj_in.weight": torch.randn(inner, width) * 0.1,
+        "image_proj.proj_in.bias": torch.zeros(inner),
+        "image_proj.proj_out.weight": torch.randn(channels, inner) * 0.1,
+        "image_proj.proj_out.bias": torch.zeros(channels),
+        "image_proj.norm_out.weight": torch.ones(channels),
+        "image_proj.norm_out.bias": torch.zeros(channels),
+    }
+    for layer in range(4):
+        block = f"image_proj.layers.{layer}"
+        for name in ("norm1", "norm2"):
+            state |= {f"{block}.0.{name}.weight": torch.ones(inner), f"{block}.0.{name}.bias": torch.zeros(inner)}
+        state |= {f"{block}.0.to_q.weight": torch.randn(inner, inner) * 0.03}
+        state |= {f"{block}.0.to_kv.weight": torch.randn(2 * inner, inner) * 0.03}
+        state |= {f"{block}.0.to_out.weight": torch.randn(inner, inner) * 0.03}
+        state |= {f"{block}.1.0.weight": torch.ones(inner), f"{block}.1.0.bias": torch.zeros(inner)}
+        state |= {f"{block}.1.1.weight": torch.randn(4 * inner, inner) * 0.03}
+        state |= {f"{block}.1.3.weight": torch.randn(inner, 4 * inner) * 0.03}
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor") and "motion" not in name]
+    for i, name in enumerate(cross):
+        hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape[0]
+        for kind in ("k", "v"):
+            state[f"ip_adapter.{2 * i + 1}.to_{kind}_ip.weight"] = torch.randn(hidden, channels) * 0.3
+    return state
+
+
+def test_public_weights_read_the_encoders_tokens_through_ip_adapter(parts: tuple[Any, Motion], tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler
+    from safetensors.torch import save_file
+
+    pipe, motion = parts
+    folder = save_motion(motion, tmp_path / "tiny-motion")
+    save_file(ip_adapter_state(motion.unet, 12, 16), folder / "ip_adapter.safetensors")
+    DDIMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+    bridged = open_motion(pipe, folder, tmp_path / "tiny")
+    assert bridged.layer == -2
+    assert bridged.scheduler.config.beta_schedule == "linear"
+    made = between(pipe, bridged, stretch(), SETTINGS)
+    assert np.array_equal(made[0], picture(0))
+    other = between(pipe, bridged, replace(stretch(), keyframes={0: picture(5), 4: picture(1)}), SETTINGS)
+    assert not np.array_equal(made[2], other[2])
+    for way in ("linear", "none"):
+        assert not np.array_equal(made[2], between(pipe, bridged, stretch(way=way), SETTINGS)[2])
+    for file in (folder / "predictor").iterdir():
+        file.unlink()
+    (folder / "predictor").rmdir()
+    untrained = open_motion(pipe, folder, tmp_path / "tiny")
+    assert untrained.predictor is None
+    a, b = (
+        between(pipe, one, stretch(way=way), SETTINGS) for one, way in ((untrained, "predictor"), (bridged, "linear"))
+    )
+    assert np.array_equal(a[2], b[2]), "without a predictor frames are made from the interpolation"

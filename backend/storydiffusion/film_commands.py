@@ -68,6 +68,35 @@ def add_film_commands(
     film.add_argument("--captions", action="store_true", help="the story's captions as subtitles (.mp4, .webm)")
     film.set_defaults(run=partial(run_film, bar=bar))
 
+    train = commands.add_parser(
+        "train-motion",
+        help="train the motion predictor and the motion module on videos of your own",
+        description="Every video needs a caption: a .txt of the same name, or captions.json. Goes on where the newest "
+        "checkpoint in OUT is. On several GPUs: accelerate launch -m storydiffusion.cli train-motion ...",
+    )
+    train.add_argument("data", type=Path, metavar="VIDEOS", help="a folder of videos")
+    train.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="checkpoints, curve and weights")
+    train.add_argument("--model", default="storyworld", help="the pipeline: preset, folder or .safetensors file")
+    train.add_argument("--motion", type=Path, metavar="DIR", help="motion parts to begin with (default: the model's)")
+    train.add_argument("--only-predictor", action="store_true", help="leave the motion module as it is")
+    for name, kind, default, words in (
+        ("steps", int, 50_000, "optimizer steps"),
+        ("batch", int, 1, "clips a step and process"),
+        ("accumulate", int, 1, "batches a step"),
+        ("frames", int, 16, "frames of a clip"),
+        ("stride", int, 2, "frames of the video that one of the clip's stands for"),
+        ("width", int, 0, "pixels (default: the model's)"),
+        ("height", int, 0, "pixels (default: the model's)"),
+        ("lr", float, 1e-4, "learning rate"),
+        ("held-out", int, 8, "videos for validation"),
+        ("save-every", int, 500, "steps between checkpoints"),
+        ("validate-every", int, 1000, "steps between validations"),
+        ("seed", int, 0, "of everything that is drawn"),
+    ):
+        train.add_argument(f"--{name}", type=kind, default=default, help=f"{words} (default {default})")
+    train.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision")
+    train.set_defaults(run=run_train)
+
 
 def rate(text: str) -> Fraction:
     """An argparse type: frames a second, 12 or 23.976 or 24000/1001."""
@@ -207,6 +236,42 @@ def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, 
         shown.close()
     _report(args, output, count, time.perf_counter() - started)
     return count
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from storydiffusion.models import load_catalogue, load_pipeline, locate
+    from storydiffusion.motion.parts import motion_folder, open_motion
+    from storydiffusion.motion.training import Options, Run, new_predictor
+    from storydiffusion.quiet import quiet_libraries
+
+    quiet_libraries()
+    path, preset = locate(args.model), load_catalogue().get(args.model)
+    pipe = load_pipeline(args.model)
+    motion = open_motion(pipe, args.motion or motion_folder(path), path)
+    if motion.predictor is None:
+        width = None if motion.projection is not None else int(pipe.unet.config.cross_attention_dim)
+        motion = replace(motion, predictor=new_predictor(motion, width))
+    size = preset.size if preset else (512, 512)
+    options = Options(
+        data=args.data,
+        output=args.output,
+        steps=args.steps,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        frames=args.frames,
+        stride=args.stride,
+        width=args.width or size[0],
+        height=args.height or size[1],
+        lr=args.lr,
+        held_out=args.held_out,
+        save_every=args.save_every,
+        validate_every=args.validate_every,
+        seed=args.seed,
+        precision=args.precision,
+        what="predictor" if args.only_predictor else "both",
+    )
+    Run(pipe, motion, options).train()
+    print(f"The trained parts are in {args.output}. Films look for them in {motion_folder(path)}.")
 
 
 def _report(args: argparse.Namespace, film: Path, count: int, seconds: float) -> None:

@@ -165,7 +165,7 @@ def predicted_tokens(
         inside = torch.tensor([(frame - a) / (b - a) for frame in frames if a <= frame <= b])
         times = EASINGS[easing](inside)
         ends = tokens[a][None], tokens[b][None]
-        segment = (motion.predictor.predict(*ends, times) if way == "predictor" else interpolate(*ends, times))[0]
+        segment = (motion.predict(*ends, times) if way == "predictor" else interpolate(*ends, times))[0]
         parts.append(segment if not parts else segment[1:])
     return torch.cat(parts)
 
@@ -183,7 +183,7 @@ def _denoise(
     cancel: Cancel,
 ) -> Tensor:
     """One run: latents (frames, channels, height, width)."""
-    scheduler = pipe.scheduler
+    scheduler = motion.scheduler or pipe.scheduler
     scheduler.set_timesteps(settings.num_inference_steps, device=pipe._execution_device)
     text = encode_prompt(pipe, stretch.prompt).embeds
     texts = torch.stack([encode_prompt(pipe, stretch.negative_prompt).embeds, text]) if stretch.prompt else text[None]
