@@ -25,7 +25,7 @@ from storydiffusion.errors import (
     StoryDiffusionError,
     StoryError,
 )
-from storydiffusion.film_commands import add_film_commands
+from storydiffusion.film_commands import add_film_commands, demo_film
 from storydiffusion.package import add_commands
 from storydiffusion.quiet import quiet_libraries
 from storydiffusion.resources import resources
@@ -50,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
     making.add_argument("--seed", type=int, help="the story's seed instead of the file's")
     making.add_argument("--window", type=at_least(2), default=4, help="panels made jointly (default 4)")
 
-    demo = commands.add_parser("demo", parents=[making], help="make the example story")
+    demo = commands.add_parser("demo", parents=[making], help="make the example story and its film")
     demo.add_argument("-o", "--output", type=Path, default=Path("storydiffusion-demo"), metavar="DIR")
+    demo.add_argument("--no-film", action="store_true", help="panels only")
     demo.set_defaults(run=run_generate, sliding=False)
 
     generate = commands.add_parser("generate", parents=[making], help="make the panels of a story file")
@@ -279,7 +280,10 @@ def run_generate(args: argparse.Namespace) -> None:
         bar.close()
     seconds = time.perf_counter() - started
     sheet = save_sheet(args.output, story, pictures_of(args.output, story))
-    _report(args, paths, sheet, seconds, words)
+    film = None
+    if demo and not args.no_film:
+        film = demo_film(args.output, story, args, _Bar)
+    _report(args, paths, sheet, seconds, words, film)
 
 
 def run_regenerate(args: argparse.Namespace) -> None:
@@ -355,7 +359,9 @@ def run_regenerate(args: argparse.Namespace) -> None:
     _report(args, paths, sheet, seconds, words)
 
 
-def _report(args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: float, words: list[str]) -> None:
+def _report(
+    args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: float, words: list[str], film: Any = None
+) -> None:
     if args.json:
         print(
             json.dumps(
@@ -364,12 +370,15 @@ def _report(args: argparse.Namespace, paths: list[Path], sheet: Path, seconds: f
                     "sheet": str(sheet),
                     "seconds": round(seconds, 2),
                     "unknown_words": words,
+                    **({"film": film.as_json()} if film else {}),
                 }
             )
         )
     else:
         print(f"{len(paths)} panels in {seconds:.1f} s: {', '.join(str(p) for p in paths)}")
         print(f"All of them on one sheet: {sheet}")
+        if film:
+            print(f"The film: {film}")
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,15 @@ class Studio:
         return self._opened
 
 
+def demo_film(folder: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> Written:
+    """The film that the demo ends with: as `film DIR -o DIR/film.mp4` makes it."""
+    asked = argparse.Namespace(
+        frames=FRAMES, hold=HOLD, rate=Fraction(RATE), easing="smooth", steps=None, seed=None, captions=True,
+        json=args.json,
+    )  # fmt: skip
+    return make_film(folder, folder / "film.mp4", story, asked, bar)
+
+
 def run_transition(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None:
     from storydiffusion.motion.transition import Stretch, between
     from storydiffusion.pictures import free_path, load_picture
@@ -187,18 +196,40 @@ def run_transition(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None
         shown.close()
     held = [made[0]] * (args.hold - 1) + made + [made[-1]] * (args.hold - 1)
     count = write_film(output, held, args.rate)
-    _report(args, output, count, time.perf_counter() - started)
+    _report(args, Written(output, count, args.rate, time.perf_counter() - started))
 
 
 def run_film(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None:
     from storydiffusion.storyboard import open_folder
 
     story = open_folder(args.story)
-    make_film(args.story, args.output, replace(story, model=args.model or story.model), args, bar)
+    _report(args, make_film(args.story, args.output, replace(story, model=args.model or story.model), args, bar))
 
 
-def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> int:
-    """Write the film of a story's folder; how many frames it has."""
+@dataclass(frozen=True)
+class Written:
+    """A film on disk."""
+
+    path: Path
+    frames: int
+    rate: Fraction
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "film": str(self.path),
+            "frames": self.frames,
+            "rate": float(self.rate),
+            "seconds": round(self.seconds, 2),
+        }
+
+    def __str__(self) -> str:
+        length = float(self.frames / self.rate)
+        return f"{self.frames} frames, {length:.1f} s of film, made in {self.seconds:.1f} s: {self.path}"
+
+
+def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> Written:
+    """Write the film of a story's folder, as `args` of the command `film` say."""
     from storydiffusion.motion import film
     from storydiffusion.pictures import free_path, load_picture
     from storydiffusion.references import resized
@@ -234,8 +265,7 @@ def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, 
         count = write_film(output, frames, args.rate, film.captions(shots))
     finally:
         shown.close()
-    _report(args, output, count, time.perf_counter() - started)
-    return count
+    return Written(output, count, args.rate, time.perf_counter() - started)
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -274,8 +304,5 @@ def run_train(args: argparse.Namespace) -> None:
     print(f"The trained parts are in {args.output}. Films look for them in {motion_folder(path)}.")
 
 
-def _report(args: argparse.Namespace, film: Path, count: int, seconds: float) -> None:
-    if args.json:
-        print(json.dumps({"film": str(film), "frames": count, "rate": float(args.rate), "seconds": round(seconds, 2)}))
-    else:
-        print(f"{count} frames, {float(count / args.rate):.1f} s of film, made in {seconds:.1f} s: {film}")
+def _report(args: argparse.Namespace, film: Written) -> None:
+    print(json.dumps(film.as_json()) if args.json else film)

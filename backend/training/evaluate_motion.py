@@ -149,7 +149,7 @@ class Ruler:
             "lpips_truth": float(self.lpips.between([f[inside] for f in features], [t[inside] for t in true]).mean()),
             "trajectory_error": float(np.mean(off)),
             "pose_error": float(np.mean([a.attributes["action"] != b.attributes["action"] for a, b in pairs])),
-            "corrupted": float(np.mean(countable or [0])),
+            "corrupted": float(np.mean(countable or [False])),
         }
 
 

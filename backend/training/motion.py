@@ -42,6 +42,8 @@ SHARD = 25
 #: Of the steps, the share that is without predicted tokens, so that the motion module stands alone too; and the
 #: share that is of a part of a clip.
 ALONE, PARTS = 0.12, 0.3
+#: Frames between the first and the last that the predictor is shown of a clip: more clips for the same time.
+BETWEEN = 4
 
 
 def shard_path(folder: Path, what: str, number: int) -> Path:
@@ -91,7 +93,7 @@ def encode_tokens(encoder: CLIPVisionModelWithProjection, pictures: NDArray[np.u
 
 
 def build_predictor() -> SemanticMotionPredictor:
-    return SemanticMotionPredictor(
+    made: SemanticMotionPredictor = SemanticMotionPredictor(
         channels=WIDTH,
         tokens=(VISION_SIZE // 16) ** 2 + 1,
         width=WIDTH,
@@ -101,6 +103,7 @@ def build_predictor() -> SemanticMotionPredictor:
         residual_channels=(128, 128, 128, 192),  # conv_in, a layer, its halving, a layer
         residual_halvings=(0, 0, 1, 1),
     )
+    return made
 
 
 def build_adapter() -> MotionAdapter:
@@ -173,21 +176,22 @@ def train_predictor(args: argparse.Namespace) -> None:
     training = Training("motion-predictor", predictor, args, ema=0.998, warmup=100, weight_decay=0.02)
     rng = random.Random(f"predictor{training.seed}")
 
-    def error(truth: Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction's and the interpolation's error, over frames between."""
-        truth = truth.float()
-        times = frame_times(truth.shape[1])
+    def error(truth: Tensor, between: int) -> tuple[Tensor, Tensor]:
+        """The prediction's and the interpolation's error, over some of the frames between."""
+        frames = truth.shape[1]
+        chosen = [0, *sorted(rng.sample(range(1, frames - 1), min(between, frames - 2))), frames - 1]
+        truth, times = truth[:, chosen].float(), frame_times(frames)[chosen]
         with half_precision():
             made = predictor.predict(truth[:, 0], truth[:, -1], times)
         straight = torch.lerp(truth[:, :1], truth[:, -1:], times.view(1, -1, 1, 1))
         return (made.float() - truth)[:, 1:-1].square().mean(), (straight - truth)[:, 1:-1].square().mean()
 
     for _ in training:
-        loss, straight = error(spans(len(tokens), args.batch, rng).of(tokens))
+        loss, straight = error(spans(len(tokens), args.batch, rng).of(tokens), BETWEEN)
         training.learn(loss, straight=straight.item())
     training.finish()
     with torch.no_grad():
-        made, straight = error(held_out)
+        made, straight = error(held_out, clips.LENGTH)
     print(f"clips not trained on: error {made:.4f}, of the interpolation {straight:.4f}", flush=True)
     predictor.save_pretrained(args.out / "predictor")
 

@@ -126,7 +126,8 @@ def load_probe(folder: Path = PROBE) -> Probe:
     return probe.eval()
 
 
-class Seen(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Seen:
     """What the probe reads of one picture; `count` 2 means two or more."""
 
     attributes: dict[str, str]

@@ -113,7 +113,7 @@ def overhead(display: str, home: Path, environment: dict[str, str], rounds: int)
     for _ in range(rounds + 1):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            assert storydiffusion(["demo", "-o", str(home / "demo"), "--json"]) == 0
+            assert storydiffusion(["demo", "-o", str(home / "demo"), "--json", "--no-film"]) == 0
         alone.append(json.loads(said.getvalue())["seconds"])
     krita, command = statistics.median(saw["seconds"]), statistics.median(alone[1:])
     return {"krita_s": round(krita, 2), "command_line_s": round(command, 2), "difference_s": round(krita - command, 2)}

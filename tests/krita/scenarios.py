@@ -450,3 +450,120 @@ def wait_for_backend(stage: Stage) -> Generator[Any, Any, Any]:
     yield ready(stage)
     stage.saw["backend"] = plugin.studio().backend._process.pid
     stage.stay = True
+
+
+# --------------------------------------------------------------------------- films
+
+
+def strip_of(stage: Stage, number: int) -> Any:
+    """The way from a panel to the next: its row, and the story's part of it."""
+    story = controller(stage).story.panels[number]
+    return docker().panels.strips[story.id], story.strip
+
+
+def raw(node: Any, document: Any, time: int) -> bytes:
+    data = node.pixelDataAtTime(0, 0, document.width(), document.height(), time)
+    return bytes(data.data() if hasattr(data, "data") else data)
+
+
+def keyframes(stage: Stage, document: Any, number: int) -> dict[str, Any]:
+    """What lies on the timeline for a way between panels, and what the canvas shows at its times."""
+    strip = strip_of(stage, number)[1]
+    node = next(one for one in document.topLevelNodes() if one.uniqueId().toString() == strip.layer)
+    times = [time for time in range(document.fullClipRangeEndTime() + 1) if node.hasKeyframeAtTime(time)]
+    return {
+        "times": times,
+        "pixels": {time: hashlib.blake2b(raw(node, document, time), digest_size=8).hexdigest() for time in times},
+        "rate": document.framesPerSecond(),
+        "end": document.fullClipRangeEndTime(),
+        "played": document.playBackEndTime(),
+        "visible": node.visible(),
+        "name": node.name(),
+    }
+
+
+def canvas_at(document: Any, times: list[int]) -> Generator[Any, Any, dict[int, str]]:
+    found = {}
+    for at in times:
+        document.setCurrentTime(at)
+        document.waitForDone()
+        yield 0.1
+        data = document.pixelData(0, 0, document.width(), document.height())
+        pixels = bytes(data.data() if hasattr(data, "data") else data)
+        found[at] = hashlib.blake2b(pixels, digest_size=8).hexdigest()
+    return found
+
+
+def make_film(stage: Stage) -> Generator[Any, Any, Any]:
+    """Frames between two panels by a click; one painted, the others made again; saved, opened, exported."""
+    yield from arrange(stage)
+    yield ready(stage)
+    yield from open_file(stage)
+    document = stage.krita.activeDocument()
+    before = layers(document)
+    panels = [digest(group, (document.width(), document.height())) for group in groups(document)]
+    yield from begin_work(stage, strip_of(stage, 0)[0].make)
+    yield made(stage)
+    yield 1
+    stage.screenshot("film")
+    stage.saw["film"] = {"before": before, "panels": panels, **keyframes(stage, document, 0)}
+    stage.saw["film"]["after"] = layers(document)
+    stage.saw["film"]["canvas"] = yield from canvas_at(document, list(range(16)))
+    yield from paint_a_frame(stage, document, 6)
+    stage.action("edit_undo")
+    yield 1
+    stage.saw["film_undone"] = {"state": strip_of(stage, 0)[0].play.isEnabled()}
+    stage.action("edit_redo")
+    yield 1
+    yield from begin_work(stage, strip_of(stage, 1)[0].make)
+    yield made(stage)
+    yield 1
+    stage.saw["second"] = keyframes(stage, document, 1)
+    yield from export_film(stage)
+    document.saveAs(os.environ["STORYDIFFUSION_FILM_FILE"])
+    stage.saw["saved_film"] = [keyframes(stage, document, number) for number in (0, 1)]
+    document.close()
+    yield 1
+    document = stage.krita.openDocument(os.environ["STORYDIFFUSION_FILM_FILE"])
+    document.setBatchmode(True)
+    stage.window.addView(document)
+    yield Until("the story in the docker", lambda: docker().panels.rows and docker().isVisible(), 10)
+    yield 2
+    document = stage.krita.activeDocument()
+    stage.saw["opened_film"] = [keyframes(stage, document, number) for number in (0, 1)]
+    stage.saw["opened_canvas"] = yield from canvas_at(document, [0, 6, 15, 30])
+    stage.screenshot("film-opened")
+
+
+def paint_a_frame(stage: Stage, document: Any, time: int) -> Generator[Any, Any, Any]:
+    """A red square on one frame; then the way is made again."""
+    strip = strip_of(stage, 0)[1]
+    node = next(one for one in document.topLevelNodes() if one.uniqueId().toString() == strip.layer)
+    document.setCurrentTime(time)
+    document.waitForDone()
+    yield 0.3
+    node.setPixelData(bytes([20, 20, 230, 255]) * 40 * 40, 30, 30, 40, 40)
+    document.setModified(True)
+    document.refreshProjection()
+    document.waitForDone()
+    yield 0.5
+    painted = keyframes(stage, document, 0)
+    controller(stage).strips.set(controller(stage).story.panels[0].id, prompt="she jumps")
+    yield from begin_work(stage, strip_of(stage, 0)[0].make)
+    yield made(stage)
+    yield 1
+    stage.saw["painted_frame"] = {"before": painted, "after": keyframes(stage, document, 0), "layers": layers(document)}
+    stage.screenshot("film-painted")
+
+
+def export_film(stage: Stage) -> Generator[Any, Any, Any]:
+    """By the docker's own menu entry and Qt's file dialog."""
+    QtCore.QTimer.singleShot(0, docker().film_export.trigger)
+    yield Until("the file dialog", lambda: top_level(QtWidgets.QFileDialog))
+    dialog = top_level(QtWidgets.QFileDialog)
+    dialog.findChild(QtWidgets.QLineEdit, "fileNameEdit").setText(os.environ["STORYDIFFUSION_MP4"])
+    yield 0.3
+    stage.click(dialog.findChild(QtWidgets.QDialogButtonBox).button(QtWidgets.QDialogButtonBox.StandardButton.Save))
+    yield Until("the film", lambda: os.path.exists(os.environ["STORYDIFFUSION_MP4"]), 120)
+    yield Until("the end of work", lambda: not controller(stage).working, 10)
+    stage.saw["notice"] = docker().notice.text()

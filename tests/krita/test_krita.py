@@ -164,3 +164,60 @@ def test_a_killed_krita_takes_its_backend_along(display: str, home: Path, enviro
     assert not ran.failure, ran.failure
     assert ran.saw["backend"] > 0
     assert ran.left == []
+
+
+# --------------------------------------------------------------------------- films
+
+
+@pytest.fixture(scope="module")
+def filmed(display: str, home: Path, environment: dict[str, str], told: harness.Ran) -> harness.Ran:
+    told.check()
+    more = {"STORYDIFFUSION_FILM_FILE": str(home / "film.kra"), "STORYDIFFUSION_MP4": str(home / "film.mp4")}
+    return harness.krita(display, home, "make_film", environment={**environment, **more}, seconds=500)
+
+
+def test_one_click_puts_sixteen_keyframes_on_the_timeline(filmed: harness.Ran) -> None:
+    film = filmed.check()["film"]
+    assert film["times"] == list(range(16))
+    assert film["name"] == "Panel 1 → 2"
+    assert (film["rate"], film["end"], film["played"]) == (12, 26, 26)
+    assert (film["pixels"]["0"], film["pixels"]["15"]) == tuple(film["panels"][:2]), "the ends are not the panels"
+    assert len(set(film["pixels"].values())) == 16, "frames are alike"
+    assert film["canvas"] == film["pixels"], "the canvas shows something else than the frames"
+
+
+def test_the_panels_stay_what_they_were(filmed: harness.Ran) -> None:
+    film = filmed.check()["film"]
+    ids = {one["id"] for one in film["before"]}
+    assert [one for one in film["after"] if one["id"] in ids] == film["before"]
+
+
+def test_a_painted_frame_stays_when_the_others_are_made_again(filmed: harness.Ran) -> None:
+    saw = filmed.check()
+    first, painted, after = saw["film"], saw["painted_frame"]["before"], saw["painted_frame"]["after"]
+    assert painted["pixels"]["6"] != first["pixels"]["6"], "nothing was painted"
+    assert after["pixels"]["6"] == painted["pixels"]["6"]
+    assert after["pixels"]["5"] != first["pixels"]["5"]
+    strips = [one for one in saw["painted_frame"]["layers"] if one["name"] == "Panel 1 → 2"]
+    assert [one["visible"] for one in strips] == [False, True], "the earlier frames are kept, out of sight"
+
+
+def test_frames_are_the_same_in_a_file_that_is_opened_again(filmed: harness.Ran) -> None:
+    saw = filmed.check()
+    assert saw["opened_film"] == saw["saved_film"]
+    assert saw["opened_film"][1]["times"] == [0, *range(27, 43)], "the second way begins where the first is over"
+    first, second = (one["pixels"] for one in saw["opened_film"])
+    shown = saw["opened_canvas"]
+    assert [shown["0"], shown["6"], shown["15"]] == [first["0"], first["6"], first["15"]]
+    assert shown["30"] == second["30"]
+
+
+def test_the_exported_film_has_every_frame_at_its_rate(filmed: harness.Ran, home: Path) -> None:
+    import av
+
+    from storydiffusion.video import read_film
+
+    assert "film.mp4" in filmed.check()["notice"]
+    assert len(list(read_film(home / "film.mp4"))) == filmed.saw["second"]["end"] + 1
+    with av.open(str(home / "film.mp4")) as film:
+        assert film.streams.video[0].average_rate == 12

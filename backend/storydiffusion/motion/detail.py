@@ -41,13 +41,14 @@ def _flow(a: Picture, b: Picture) -> Floats:
 
 
 def _warp(picture: Picture, places: Floats) -> Floats:
-    return cv2.remap(picture, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE).astype(np.float32)
+    warped = cv2.remap(picture, places, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload]
+    return np.asarray(warped, np.float32)
 
 
 def _agreement(a: Floats, b: Floats) -> Floats:
     """0 to 1 where two pictures show the same: (height, width)."""
     off = cv2.GaussianBlur(np.abs(a - b).max(-1), (0, 0), BLUR)
-    return np.exp(-np.square(off / TOLERANCE)).astype(np.float32)
+    return np.asarray(np.exp(-np.square(off / TOLERANCE)), np.float32)
 
 
 def carried(frame: Picture, time: float, given: Sequence[tuple[float, Given]]) -> Picture:

@@ -180,7 +180,8 @@ def _scheduler(folder: Path) -> Any:
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"{name} is no scheduler")
-    return kind.from_pretrained(folder, local_files_only=True)
+    scheduler: Any = kind
+    return scheduler.from_pretrained(folder, local_files_only=True)
 
 
 def motion_folder(pipeline: Path) -> Path:

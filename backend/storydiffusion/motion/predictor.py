@@ -98,9 +98,8 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
             self.mix = nn.Conv2d(width, width, 3, padding=1)
             self.to_residuals = nn.ModuleList([nn.Conv2d(width, count, 1) for count in residual_channels])
-            for layer_out in self.to_residuals:
-                nn.init.zeros_(layer_out.weight)
-                nn.init.zeros_(layer_out.bias)
+            for parameter in self.to_residuals.parameters():
+                nn.init.zeros_(parameter)
 
     def predict(self, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
         """P_1 .. P_L in the encoder's own space.

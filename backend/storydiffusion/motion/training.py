@@ -159,7 +159,9 @@ class Learner(nn.Module):
         times = frame_times(noisy.shape[1]).to(noisy.device)
         predicted = None if alone else self.predictor.predict(start, end, times)
         made = [
-            self.motion.call(noisy[i : i + 1], timesteps[i : i + 1], text[i : i + 1], None if alone else predicted[i])
+            self.motion.call(
+                noisy[i : i + 1], timesteps[i : i + 1], text[i : i + 1], None if predicted is None else predicted[i]
+            )
             for i in range(len(noisy))
         ]
         return torch.cat(made)
@@ -173,7 +175,7 @@ def new_predictor(motion: Motion, cross_attention_dim: int | None) -> SemanticMo
     config = motion.encoder.config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     width = 1024 if config.hidden_size >= 1024 else 64
-    return SemanticMotionPredictor(
+    made: SemanticMotionPredictor = SemanticMotionPredictor(
         channels=config.hidden_size,
         tokens=tokens,
         width=width,
@@ -181,6 +183,7 @@ def new_predictor(motion: Motion, cross_attention_dim: int | None) -> SemanticMo
         heads=max(1, width // 64),
         cross_attention_dim=cross_attention_dim,
     )
+    return made
 
 
 def target_of(scheduler: Any, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -254,7 +257,8 @@ class Run:
         made = self.learner(noisy, timesteps, text.to(noisy), start.to(noisy), end.to(noisy), alone)
         target = target_of(self.scheduler, x0, noise, timesteps)
         # the panels at the ends are given when it is used
-        return (made.float() - target)[:, 1:-1].square().mean()
+        loss: Tensor = (made.float() - target)[:, 1:-1].square().mean()
+        return loss
 
     # ----------------------------------------------------------------------- the loop
 
