@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 from storydiffusion import cli
 from storydiffusion.errors import Cancelled, PlanError
 from storydiffusion.film_commands import fitting_size
-from storydiffusion.models import load_catalogue
 from storydiffusion.motion import film
 from storydiffusion.motion.film import Shot, Transition
-from storydiffusion.motion.parts import Motion
+from storydiffusion.motion.movers import Mover
+from storydiffusion.motion.transition import between
 from storydiffusion.pictures import load_picture, png_bytes, write_atomically
 from storydiffusion.references import Picture
 from storydiffusion.run import Settings
@@ -29,9 +30,9 @@ SETTINGS = Settings(width=16, height=16, num_inference_steps=1, guidance_scale=1
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Any, Motion]:
+def parts() -> Mover:
     pipe = tiny_sd15()
-    return pipe, tiny_motion(pipe)
+    return partial(between, pipe, tiny_motion(pipe))
 
 
 def picture(seed: int, size: int = 16) -> Picture:
@@ -48,15 +49,15 @@ def shots(count: int, **more: Any) -> list[Shot]:
 class Opened:
     """The parts, counting how often they are asked for."""
 
-    def __init__(self, parts: tuple[Any, Motion]) -> None:
+    def __init__(self, parts: Mover) -> None:
         self.parts, self.times = parts, 0
 
-    def __call__(self) -> tuple[Any, Motion]:
+    def __call__(self) -> Mover:
         self.times += 1
         return self.parts
 
 
-def test_a_film_is_its_panels_held_and_what_lies_between(parts: tuple[Any, Motion], tmp_path: Path) -> None:
+def test_a_film_is_its_panels_held_and_what_lies_between(parts: Mover, tmp_path: Path) -> None:
     asked = shots(3)
     made = list(film.frames(asked, lambda: parts, SETTINGS, tmp_path, "tiny"))
     assert len(made) == film.length(asked) == 3 * 2 + 2 * 3
@@ -66,7 +67,7 @@ def test_a_film_is_its_panels_held_and_what_lies_between(parts: tuple[Any, Motio
     assert film.captions(asked) == [Caption("Panel 1", 0, 2), Caption("Panel 2", 5, 2), Caption("Panel 3", 10, 2)]
 
 
-def test_what_is_finished_is_not_made_again(parts: tuple[Any, Motion], tmp_path: Path) -> None:
+def test_what_is_finished_is_not_made_again(parts: Mover, tmp_path: Path) -> None:
     first = list(film.frames(shots(3), lambda: parts, SETTINGS, tmp_path, "tiny"))
     opened = Opened(parts)
     again = list(film.frames(shots(3), opened, SETTINGS, tmp_path, "tiny"))
@@ -74,9 +75,7 @@ def test_what_is_finished_is_not_made_again(parts: tuple[Any, Motion], tmp_path:
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_changed_panel_makes_what_touches_it_again_and_nothing_else(
-    parts: tuple[Any, Motion], tmp_path: Path
-) -> None:
+def test_a_changed_panel_makes_what_touches_it_again_and_nothing_else(parts: Mover, tmp_path: Path) -> None:
     list(film.frames(shots(4), lambda: parts, SETTINGS, tmp_path, "tiny"))
     before = {path.name for path in tmp_path.iterdir()}
     painted = shots(4)
@@ -104,7 +103,7 @@ def test_a_stretch_is_known_by_everything_it_is_made_from(change: dict[str, Any]
     assert len(others | {key}) == 6
 
 
-def test_a_film_that_was_stopped_goes_on(parts: tuple[Any, Motion], tmp_path: Path) -> None:
+def test_a_film_that_was_stopped_goes_on(parts: Mover, tmp_path: Path) -> None:
     going = film.frames(shots(3), lambda: parts, SETTINGS, tmp_path, "tiny")
     for _ in range(4):  # into the first stretch, which is kept by then
         next(going)
@@ -131,12 +130,11 @@ def test_a_film_of_nothing_or_of_panels_held_for_nothing_is_refused() -> None:
 
 
 def test_a_film_is_made_in_the_pictures_shape_and_in_the_models_size() -> None:
-    presets = load_catalogue()
-    assert fitting_size(picture(0, 1024), presets["storyworld"], 32) == (256, 256)
+    assert fitting_size(picture(0, 1024), (256, 256), 256, 32) == (256, 256)
     wide = np.zeros((512, 1024, 3), np.uint8)
-    assert fitting_size(wide, presets["storyworld"], 32) == (256, 128)
-    assert fitting_size(wide, presets["sd15"], 64) == (704, 384)
-    assert fitting_size(picture(0, 200), None, 64) == (192, 192)
+    assert fitting_size(wide, (256, 256), 256, 32) == (256, 128)
+    assert fitting_size(wide, (512, 512), 0, 64) == (704, 384)
+    assert fitting_size(picture(0, 200), (512, 512), 0, 64) == (192, 192)
 
 
 # --------------------------------------------------------------------------- the command line

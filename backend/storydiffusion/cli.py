@@ -399,9 +399,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
-    from storydiffusion.models import load_catalogue
+    from storydiffusion.models import load_catalogue, load_films
 
-    presets = list(load_catalogue().values())
+    presets: list[Any] = [*load_catalogue().values(), *load_films().values()]
     if args.json:
         print(json.dumps([{"id": p.id, "title": p.title, "family": p.family, "source": p.source} for p in presets]))
         return

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from storydiffusion.errors import ImageError, PlanError
 
 if TYPE_CHECKING:  # torch takes seconds, and `--help` none
-    from storydiffusion.models import Preset
+    from storydiffusion.motion.movers import Mover
     from storydiffusion.references import Picture
     from storydiffusion.run import Settings
 
@@ -114,54 +114,69 @@ def keyframe(text: str) -> tuple[int, Path]:
     return int(number), Path(path)
 
 
-def fitting_size(picture: Picture, preset: Preset | None, multiple: int) -> tuple[int, int]:
-    """The width and height a film of this picture is made at: its own shape, as large as the model likes."""
+def fitting_size(picture: Picture, best: tuple[int, int], longest: int, multiple: int) -> tuple[int, int]:
+    """The width and height a film of this picture is made at: its own shape, as large as the model likes (`best`,
+    and no side over `longest` unless that is 0)."""
     height, width = picture.shape[:2]
-    best = preset.size if preset else (512, 512)
     scale = min(1.0, (best[0] * best[1] / (width * height)) ** 0.5)
-    if preset and preset.longest:
-        scale = min(scale, preset.longest / max(width, height))
+    if longest:
+        scale = min(scale, longest / max(width, height))
     near = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
     return near[0], near[1]
 
 
 class Studio:
-    """A pipeline and its motion parts, opened when the first frame is to be made."""
+    """Whoever makes the frames, opened when the first is to be made.
+
+    Args:
+        model: a preset, a folder, a checkpoint, or a film model of `films.toml`.
+
+    Raises:
+        ModelError: it is not there.
+    """
 
     def __init__(self, model: str) -> None:
-        from storydiffusion.models import load_catalogue, locate
+        from storydiffusion.models import load_catalogue, load_films, locate, locate_film
+        from storydiffusion.models.films import film_preset_of
 
-        self.model, self.path, self.preset = model, locate(model), load_catalogue().get(model)
-        self._opened: tuple[Any, Any] | None = None
+        self.model, films = model, load_films()
+        self.path = locate_film(films[model]) if model in films else locate(model)
+        self.film = films.get(model) or film_preset_of(self.path)
+        self.preset = load_catalogue().get(model)
 
     def settings(self, picture: Picture, args: argparse.Namespace, seed: int) -> Settings:
         """How a film that begins with this picture is made."""
         from storydiffusion.models.folder import read_json
         from storydiffusion.run import Settings
 
-        unet, vae = (read_json(self.path / part / "config.json") for part in ("unet", "vae"))
-        multiple = 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
-        width, height = fitting_size(picture, self.preset, multiple)
+        if self.film is not None:
+            best, longest, multiple = self.film.size, 0, self.film.multiple
+            steps, guidance = self.film.steps, self.film.guidance_scale
+        else:
+            unet, vae = (read_json(self.path / part / "config.json") for part in ("unet", "vae"))
+            multiple = 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
+            best, longest = (self.preset.size, self.preset.longest) if self.preset else ((512, 512), 0)
+            steps, guidance = (self.preset.steps, self.preset.guidance_scale) if self.preset else (25, 7.0)
+        width, height = fitting_size(picture, best, longest, multiple)
         return Settings(
             width=width,
             height=height,
-            num_inference_steps=args.steps or (self.preset.steps if self.preset else 25),
-            guidance_scale=self.preset.guidance_scale if self.preset else 7.0,
+            num_inference_steps=args.steps or steps,
+            guidance_scale=guidance,
             guidance_until=self.preset.guidance_until if self.preset else 1.0,
             seed=seed,
             plan=None,
         )
 
-    def open(self) -> tuple[Any, Any]:
-        from storydiffusion.models import open_pipeline
-        from storydiffusion.motion.parts import motion_folder, open_motion
+    def open(self) -> Mover:
+        from storydiffusion.models import load_film_pipeline, open_pipeline
+        from storydiffusion.motion.movers import film_mover, motion_mover
         from storydiffusion.quiet import quiet_libraries
 
-        if self._opened is None:
-            quiet_libraries()
-            pipe = open_pipeline(self.model, width=256, height=256, panels=4)
-            self._opened = pipe, open_motion(pipe, motion_folder(self.path), self.path)
-        return self._opened
+        quiet_libraries()
+        if self.film is not None:
+            return film_mover(load_film_pipeline(self.path), self.film)
+        return motion_mover(open_pipeline(self.model, width=256, height=256, panels=4), self.path)
 
 
 def demo_film(folder: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> Written:
@@ -174,7 +189,7 @@ def demo_film(folder: Path, story: Any, args: argparse.Namespace, bar: Callable[
 
 
 def run_transition(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None:
-    from storydiffusion.motion.transition import Stretch, between
+    from storydiffusion.motion.transition import Stretch
     from storydiffusion.pictures import free_path, load_picture
     from storydiffusion.video import check_film, write_film
 
@@ -191,7 +206,7 @@ def run_transition(args: argparse.Namespace, bar: Callable[[bool], Any]) -> None
     stretch.check()
     started, shown = time.perf_counter(), bar(args.json)
     try:
-        made = between(*studio.open(), stretch, settings, shown)
+        made = studio.open()(stretch, settings, shown, lambda: False)
     finally:
         shown.close()
     held = [made[0]] * (args.hold - 1) + made + [made[-1]] * (args.hold - 1)

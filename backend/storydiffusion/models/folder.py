@@ -105,7 +105,7 @@ def inspect_folder(folder: Path) -> ModelFolder:
     pipeline, components = read_index(folder)
     for name in components:
         for path in (folder / name).glob("*config.json"):
-            _refuse_code(path)
+            refuse_code(path)
     latent_channels = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
     if read_json(folder / "unet" / "config.json").get("in_channels", 4) != latent_channels:
         raise ModelError(f"{folder.name} is an inpainting or other special model.", "Choose the base model.")
@@ -178,7 +178,8 @@ def _allowed(name: str, value: list[Any]) -> bool:
     return (library, class_name) in CLASSES.get(name, ())
 
 
-def _refuse_code(path: Path) -> None:
+def refuse_code(path: Path) -> None:
+    """Raises ModelError where a configuration would have the libraries fetch or run code."""
     asked = CODE_KEYS & read_json(path).keys()
     if asked:
         raise ModelError(f"{path.parent.name}/{path.name} asks for code from elsewhere ({_listed(asked)}).", ANOTHER)

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 from storydiffusion.errors import ModelError, OutOfMemoryError
 from storydiffusion.models.catalogue import COMMIT, load_catalogue
 from storydiffusion.models.checkpoint import checkpoint_family, component_parameters
+from storydiffusion.models.films import FilmPreset
 from storydiffusion.models.folder import WEIGHTED, choose_weights, inspect_folder, read_index, read_json
 from storydiffusion.models.header import Header, read_safetensors_header, refuse_pickle
 from storydiffusion.resources import resources
@@ -92,6 +93,30 @@ def locate(source: str | Path, *, revision: str | None = None, local_files_only:
     if missing and Path(source).name == source:
         raise ModelError(f"There is no model '{source}'.", f"Choose a folder, a file, or {', '.join(presets)}.")
     return _existing(Path(source), str(source))
+
+
+def locate_film(preset: FilmPreset, *, revision: str = "", local_files_only: bool = True) -> Path:
+    """The folder on this machine of a film model, downloaded if that is allowed.
+
+    Raises:
+        ModelError: it is not on this machine, or its revision is not stated.
+    """
+    revision = revision or preset.revision
+    if not COMMIT.fullmatch(revision) and not local_files_only:
+        raise ModelError(f"{preset.source} is not pinned.", "State its revision, the commit shown on its page.")
+    try:
+        if local_files_only:
+            index = huggingface_hub.hf_hub_download(
+                preset.source, "model_index.json", revision=revision, local_files_only=True
+            )
+            return Path(index).parent
+        allowed = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(preset.source, revision=revision, allow_patterns=allowed))
+    except Exception as error:  # huggingface_hub lets its HTTP library's own errors through
+        raise ModelError(
+            f"{preset.title} is not on this machine.",
+            f"Download {preset.source} (huggingface-cli download {preset.source}) and give its folder with --model.",
+        ) from error
 
 
 def component_bytes(source: str | Path, *, revision: str | None = None) -> dict[str, int]:

@@ -12,11 +12,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from storydiffusion.errors import PlanError, StoryDiffusionError
-from storydiffusion.motion.parts import Motion
-from storydiffusion.motion.transition import Easing, Stretch, between
+from storydiffusion.motion.movers import Mover
+from storydiffusion.motion.transition import Easing, Stretch
 from storydiffusion.pictures import load_picture, png_bytes, write_atomically
 from storydiffusion.references import Picture
 from storydiffusion.run import Cancel, Settings
@@ -86,7 +85,7 @@ def captions(shots: Sequence[Shot]) -> list[Caption]:
 
 def frames(
     shots: Sequence[Shot],
-    open_parts: Callable[[], tuple[Any, Motion]],
+    open_mover: Callable[[], Mover],
     settings: Settings,
     folder: Path,
     model: str,
@@ -96,16 +95,16 @@ def frames(
     """The film's frames in order.
 
     Args:
-        open_parts: the pipeline and its motion parts; called when the first stretch has to be made.
+        open_mover: gives whoever makes the stretches; called when the first has to be made.
         folder: keeps the stretches.
         model: whose weights they are made with.
 
     Raises:
-        PlanError, ImageError, Cancelled: as `between`.
+        PlanError, ImageError, Cancelled: as `transition.between`.
         StoryDiffusionError: a stretch could not be kept.
     """
     length(shots)
-    parts: list[tuple[Any, Motion]] = []
+    movers: list[Mover] = []
     for i, shot in enumerate(shots):
         start = shot.picture()
         for _ in range(shot.hold):
@@ -125,9 +124,9 @@ def frames(
         stretch.check()
         kept = folder / f"{stretch.id}-{key_of(stretch, settings, model)}"
         if not kept.is_dir():
-            if not parts:
-                parts.append(open_parts())
-            keep(kept, between(*parts[0], stretch, settings, callback, cancel))
+            if not movers:
+                movers.append(open_mover())
+            keep(kept, movers[0](stretch, settings, callback, cancel))
         for number in range(1, asked.frames - 1):
             yield load_picture(kept / f"{number:04d}.png")
 

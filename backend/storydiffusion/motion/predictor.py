@@ -8,8 +8,10 @@ For two panels F_s and F_e, and frames l = 1 .. L between them:
     V_l = CrossAttention(V_l, [T ; P_l])       text and predicted tokens as keys and values of frame l
 
 B is K plus what a transformer finds to change in it, and that starts at zero: untrained, the predictor is the
-interpolation. Frames are told apart by where they lie between the panels, 0 to 1, so that one trained for 16 of
-them serves 12 or 24. The first and the last are the panels themselves: what is predicted for them is K_s and K_e.
+interpolation. What it finds is where in the two panels a frame's content comes from (attention whose values are K_s
+and K_e themselves: who walks takes their tokens along), and what else is different. Frames are told apart by where
+they lie between the panels, 0 to 1, so that one trained for 16 of them serves 12 or 24. The first and the last are
+the panels themselves: what is predicted for them is K_s and K_e.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Args:
         channels: of the image encoder's tokens (ViT-H-14: 1280).
         tokens: of them a picture, in the order the encoder gives them.
-        width, layers, heads: of the transformer. Each layer looks along the frames, then across a frame.
+        width, layers, heads: of the transformer. Each layer looks across a frame, then along the frames.
         cross_attention_dim: of the U-Net's text tokens; None where the tokens go through another projection
             (IP-Adapter's for the public SD1.5 weights), and `forward` gives K's own channels.
         residual_channels: of the U-Net's skip connections, in their order, where tokens also say on the spot what
@@ -78,7 +80,7 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         def layer() -> nn.TransformerEncoderLayer:
             return nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
 
         self.along = nn.ModuleList([layer() for _ in range(layers)])
@@ -87,6 +89,11 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.proj_out = nn.Linear(width, channels)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
+        self.to_query, self.to_key = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.to_query.weight)
+        nn.init.zeros_(self.to_query.bias)
+        #: how much likelier content comes from its own place than from any other, before anything is known
+        self.staying = nn.Parameter(torch.full((heads, 1, 1), 5.0))
         self.to_context = (
             nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, cross_attention_dim))
             if cross_attention_dim
@@ -112,16 +119,36 @@ class SemanticMotionPredictor(ModelMixin, ConfigMixin):  # type: ignore[misc]
             (batch, frames, tokens, channels).
         """
         straight = interpolate(start, end, times)
-        when = self.times(_waves(times.to(straight), self.config["width"]))
-        h = self.proj_in(self.norm_in(straight)) + self.positions + when[:, None]
+        # the panels are looked at beside the frames between them
+        every = torch.cat([times.new_zeros(1), times, times.new_ones(1)]).to(straight)
+        when = self.times(_waves(every, self.config["width"]))
+        h = torch.cat([start[:, None], straight, end[:, None]], 1)
+        h = self.proj_in(self.norm_in(h)) + self.positions + when[:, None]
         for along, across in zip(self.along, self.across, strict=True):
             batch, frames, tokens, _ = h.shape
-            h = along(h.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, tokens)).transpose(1, 2)
             h = across(h.flatten(0, 1)).unflatten(0, (batch, frames))
-        change = self.proj_out(self.norm_out(h))
+            h = along(h.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, tokens)).transpose(1, 2)
+        h = self.norm_out(h)
+        change = self.proj_out(h[:, 1:-1]) + self._carried(h, start, end, times)
         # nothing to predict where the panels are: t (1 - t) is 0 there and 1 halfway
         between = (4 * times * (1 - times)).clamp(0, 1).to(straight).sqrt().view(1, -1, 1, 1)
         return cast("Tensor", straight + between * change)
+
+    def _carried(self, h: Tensor, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
+        """What tokens of the panels that belong elsewhere in a frame change in it: (batch, frames, tokens, channels).
+
+        (A - A_0) [K_s ; K_e] for attention A of a frame's tokens on those of both panels, and A_0 what it is before
+        it is trained: each at its own place, the nearer panel more."""
+        heads, tokens = self.config["heads"], start.shape[1]
+        query = self.to_query(h[:, 1:-1]).unflatten(-1, (heads, -1)).transpose(2, 3)
+        key = self.to_key(torch.cat([h[:, 0], h[:, -1]], 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        values = torch.cat([start, end], 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        t = times.to(h).clamp(1e-4, 1 - 1e-4).view(-1, 1, 1, 1)
+        own = self.staying.to(h) * torch.eye(tokens, device=h.device, dtype=h.dtype)
+        known = torch.cat([own + (1 - t).log(), own + t.log()], -1)  # (frames, heads, tokens, 2 tokens)
+        logits = query @ key[:, None].transpose(-1, -2) / math.sqrt(query.shape[-1]) + known
+        moved = (logits.softmax(-1) - known.softmax(-1)) @ values[:, None]
+        return cast("Tensor", moved.transpose(2, 3).flatten(3))
 
     def forward(self, start: Tensor, end: Tensor, times: Tensor) -> Tensor:
         """What the U-Net's cross-attention reads beside the text: (batch, frames, tokens, cross_attention_dim).
