@@ -218,6 +218,9 @@ def train_module(args: argparse.Namespace) -> None:
     trained = (start / "motion_adapter" / "config.json").exists()
     adapter = MotionAdapter.from_pretrained(start / "motion_adapter") if trained else build_adapter()
     unet = motion_unet(args.model, adapter.float())
+    # what it predicts it has learned in the encoder's space; how the U-Net reads that is learned here
+    for name, parameter in predictor.named_parameters():
+        parameter.requires_grad_(name.startswith(("to_context", "on_the_spot", "mix", "to_residuals")))
     both = nn.ModuleDict({"unet": unet, "predictor": predictor})
     learned = Learned(both)
     training = Training("motion-module", learned, args, ema=0.998, warmup=60, log_every=20, adam=0.5)
@@ -242,7 +245,8 @@ def train_module(args: argparse.Namespace) -> None:
             if rng.random() < ALONE:
                 context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
             else:
-                predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
+                with torch.no_grad():
+                    predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
                 context = joined(prompt_embeds, predictor.to_context(predicted))
                 extra = {"down_block_additional_residuals": predictor.residuals(predicted, x0.shape[-2:])}
             made = unet(noisy.transpose(1, 2), timesteps, context, **extra).sample
