@@ -67,6 +67,13 @@ def test_a_film_is_its_panels_held_and_what_lies_between(parts: Mover, tmp_path:
     assert film.captions(asked) == [Caption("Panel 1", 0, 2), Caption("Panel 2", 5, 2), Caption("Panel 3", 10, 2)]
 
 
+def test_a_strip_shows_every_way_from_panel_to_panel() -> None:
+    asked = shots(3)
+    rows = film.strip(asked, columns=3)
+    assert rows == [[1, 3, 5], [6, 8, 10]]
+    assert rows[-1][-1] == film.length(asked) - 2, "the last panel's first frame"
+
+
 def test_what_is_finished_is_not_made_again(parts: Mover, tmp_path: Path) -> None:
     first = list(film.frames(shots(3), lambda: parts, SETTINGS, tmp_path, "tiny"))
     opened = Opened(parts)
@@ -200,6 +207,7 @@ def test_a_story_becomes_a_film(model: Path, tmp_path: Path) -> None:
     assert command(*asked, "--captions", "-o", tmp_path / "film.mp4") == 0
     assert len(list(read_film(tmp_path / "film.mp4"))) == 3 * 3 + 2 * 2
     assert len(list((folder / "stretches").iterdir())) == 2
+    assert load_picture(tmp_path / "film.strip.png").shape[1] > 8 * 64
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -61,7 +61,7 @@ def add_film_commands(
         help="make a film of a story's panels",
         description="The panels of DIR one after the other, and what lies between them. Finished stretches are kept "
         f"in DIR/{STRETCHES}: a film that was stopped goes on, and one of which a panel has changed makes only "
-        "what touches it again.",
+        "what touches it again. Beside the film lies a strip of its frames, FILM.strip.png.",
     )
     film.add_argument("story", type=Path, metavar="DIR", help="a folder `generate` has written")
     film.add_argument("--hold", type=at_least(1), default=HOLD, help=f"frames a panel is shown for (default {HOLD})")
@@ -246,7 +246,7 @@ class Written:
 def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> Written:
     """Write the film of a story's folder, as `args` of the command `film` say."""
     from storydiffusion.motion import film
-    from storydiffusion.pictures import free_path, load_picture
+    from storydiffusion.pictures import contact_sheet, free_path, load_picture, png_bytes, write_atomically
     from storydiffusion.references import resized
     from storydiffusion.storyboard import latest_take
     from storydiffusion.video import check_film, write_film
@@ -277,10 +277,24 @@ def make_film(folder: Path, output: Path, story: Any, args: argparse.Namespace, 
     started, shown = time.perf_counter(), bar(args.json)
     try:
         frames = film.frames(shots, studio.open, settings, folder / STRETCHES, story.model, shown)
-        count = write_film(output, frames, args.rate, film.captions(shots))
+        rows = film.strip(shots)
+        seen: dict[int, Picture] = {}
+        count = write_film(output, _noticing(frames, {at for row in rows for at in row}, seen), args.rate,
+                           film.captions(shots))  # fmt: skip
     finally:
         shown.close()
+    if rows:
+        sheet = contact_sheet([seen[at] for row in rows for at in row], columns=len(rows[0]))
+        write_atomically(output.with_name(f"{output.stem}.strip.png"), png_bytes(sheet))
     return Written(output, count, args.rate, time.perf_counter() - started)
+
+
+def _noticing(frames: Iterator[Picture], wanted: set[int], seen: dict[int, Picture]) -> Iterator[Picture]:
+    """The frames as they are; those that are wanted, by their number, also into `seen`."""
+    for number, frame in enumerate(frames):
+        if number in wanted:
+            seen[number] = frame
+        yield frame
 
 
 def run_train(args: argparse.Namespace) -> None:

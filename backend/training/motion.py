@@ -40,9 +40,9 @@ MOTION = Path("resources/models/storyworld-motion")
 DATA = Path("build/clips")
 #: Clips a shard.
 SHARD = 25
-#: Of the steps, the share that is without predicted tokens, so that the motion module stands alone too; and the
-#: share that is of a part of a clip.
-ALONE, PARTS = 0.12, 0.3
+#: Of the steps, the share that is without predicted tokens, so that the motion module stands alone too; the share
+#: that is of parts of clips; and of every second frame.
+ALONE, PARTS, SPARSE = 0.12, 0.25, 0.3
 #: Frames between the first and the last that the predictor is shown of a clip: more clips for the same time.
 BETWEEN = 3
 
@@ -154,15 +154,18 @@ class Spans(NamedTuple):
 
 
 def spans(count: int, batch: int, rng: random.Random) -> Spans:
-    """A batch of clips, whole or, in some batches, as many parts of the same length; half of them backwards."""
-    length, frames = clips.LENGTH, clips.LENGTH
-    if rng.random() < PARTS:
+    """A batch of clips, whole or, in some batches, as many parts of the same length or every second frame of more;
+    half of them backwards."""
+    length, frames, stride, kind = clips.LENGTH, clips.LENGTH, 1, rng.random()
+    if kind < PARTS:
         frames = rng.randint(5, length - 1)
+    elif kind < PARTS + SPARSE:
+        frames, stride = length // 2, 2
     chosen = [rng.randrange(count) for _ in range(max(1, batch * length // frames))]
     rows = []
     for _ in chosen:
-        start = rng.randint(0, length - frames)
-        row = list(range(start, start + frames))
+        start = rng.randint(0, length - 1 - stride * (frames - 1))
+        row = list(range(start, start + stride * frames, stride))
         rows.append(row[::-1] if rng.random() < 0.5 else row)
     return Spans(torch.tensor(chosen), torch.tensor(rows))
 

@@ -83,6 +83,18 @@ def captions(shots: Sequence[Shot]) -> list[Caption]:
     return found
 
 
+def strip(shots: Sequence[Shot], columns: int = 8) -> list[list[int]]:
+    """For each way between two panels the frames of the film that show it on a contact strip: the panels and as
+    many between as fit into `columns`."""
+    rows, at = [], -1
+    for shot in shots[:-1]:
+        at += shot.hold
+        count = shot.transition.frames
+        rows.append([at + round(i * (count - 1) / (columns - 1)) for i in range(columns)])
+        at += count - 2
+    return rows
+
+
 def frames(
     shots: Sequence[Shot],
     open_mover: Callable[[], Mover],
