@@ -135,6 +135,11 @@ def test_what_cannot_be_made_is_refused_with_a_remedy(
         between(*parts, replace(stretch(), **wrong), SETTINGS)
 
 
+def test_a_size_that_the_grid_does_not_divide_is_refused(parts: tuple[Any, Motion]) -> None:
+    with pytest.raises(PlanError, match="multiples of 4"):
+        between(*parts, stretch(), replace(SETTINGS, width=18))
+
+
 def test_the_parts_are_opened_from_a_folder_and_make_the_same(parts: tuple[Any, Motion], tmp_path: Path) -> None:
     pipe, motion = parts
     folder = save_motion(motion, tmp_path / "tiny-motion")

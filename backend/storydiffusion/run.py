@@ -117,10 +117,8 @@ def grid_multiple(pipe: Any) -> int:
     return int(pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1))
 
 
-def check(pipe: Any, targets: Sequence[Target], settings: Settings) -> None:
-    """Raises PlanError or ImageError, before any work is done, for what cannot be made."""
-    if not targets:
-        raise PlanError("No panels were asked for.", "Name at least one.")
+def check_size(pipe: Any, settings: Settings) -> None:
+    """Raises PlanError for a size that the model's grid does not divide."""
     multiple = grid_multiple(pipe)
     if settings.width % multiple or settings.height % multiple or min(settings.width, settings.height) < multiple:
 
@@ -131,6 +129,13 @@ def check(pipe: Any, targets: Sequence[Target], settings: Settings) -> None:
             f"This model makes pictures in multiples of {multiple} pixels, not {settings.width} x {settings.height}.",
             f"Use {near(settings.width)} x {near(settings.height)}.",
         )
+
+
+def check(pipe: Any, targets: Sequence[Target], settings: Settings) -> None:
+    """Raises PlanError or ImageError, before any work is done, for what cannot be made."""
+    if not targets:
+        raise PlanError("No panels were asked for.", "Name at least one.")
+    check_size(pipe, settings)
     if len({t.strength if t.image is not None else 1.0 for t in targets}) > 1:
         raise PlanError(
             "Panels of different strengths walk different parts of the schedule.", "Make them one after the other."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from training import clips
 from training.common import MODEL, RUNS
+from training.motion import MOTION
 from training.probe import PROBE
 
 TEXT = """# Storyworld
@@ -40,7 +43,10 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.vae decoder --coarse-minutes {coarse_minutes:.0f} --minutes {decoder_minutes:.0f}
     python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
     python -m training.clip vision --minutes {vision_minutes:.0f}
-    python -m training.data --layout single --count 40000 --folder build/singles
+    python -m training.motion draw           # 1,500 clips of the moving storyworld
+    python -m training.motion predictor --batch 24 --lr 2e-3 --minutes 14
+    python -m training.motion module --minutes 35
+    python -m training.data --layout single --count 30000 --folder build/singles
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
     python -m training.card
@@ -71,6 +77,57 @@ other data was used.
 """
 
 
+MOTION_TEXT = """# The storyworld in motion
+
+What makes the frames between two panels of the storyworld: a motion module of AnimateDiff's kind (a stock
+`MotionAdapter`, for `AnimateDiffPipeline` too) and the Semantic Motion Predictor.
+
+| part | class | parameters |
+|---|---|---|
+{parts}
+
+The recipe is in [the storyworld's card](../storyworld/README.md): `training.motion draw`, `predictor`, `module`. The
+predictor learns in the image encoder's space, from the tokens of a clip's first and last frame, those between; the
+motion module, and how the U-Net reads the predictor's tokens, by the diffusion loss on the clips' latents. The U-Net's
+own weights stay as they are. Clips are ten motions of one character, and the way from one place into another while
+the place dissolves ({sampled}).
+
+{history}
+
+![curves](curves.png)
+
+## Figures
+
+{figures}
+
+Licence: Apache-2.0, weights included.
+"""
+MOTION_MEASURES = (
+    "lpips_truth", "trajectory_error", "pose_error", "corrupted", "end_psnr",
+    "lpips_first", "lpips_frames", "clipsim_first", "clipsim_frames", "seconds", "peak_memory_mb",
+)  # fmt: skip
+
+
+def motion_figures(path: Path) -> str:
+    """The rows of the transitions' evaluation as tables, all clips and those of large motions."""
+    if not path.exists():
+        return "Not measured yet: `storydiffusion evaluate transitions`."
+    rows = json.loads(path.read_text())["rows"]
+    out = [f"`storydiffusion evaluate transitions --clips {rows[0]['clips']} --json FILE` printed (95 % confidence "
+           "intervals in brackets):"]  # fmt: skip
+    for title, values, spread in (("all clips", None, "interval"), ("large motions", "large", "large_interval")):
+        out += ["", "| " + " | ".join([title, *MOTION_MEASURES]) + " |", "|---" * (len(MOTION_MEASURES) + 1) + "|"]
+        for row in rows:
+            found = row if values is None else row[values]
+            cells = []
+            for name in MOTION_MEASURES:
+                value = found.get(name, row.get(name))
+                low_high = row[spread].get(name) if name in row[spread] else None
+                cells.append(f"{value:.3g}" + (f" ({low_high[0]:.3g} to {low_high[1]:.3g})" if low_high else ""))
+            out.append("| " + " | ".join([row["name"], *cells]) + " |")
+    return "\n".join(out)
+
+
 def curve(name: str) -> list[dict[str, float]]:
     """The rows of a run's curve, resumed parts joined."""
     rows: list[dict[str, float]] = []
@@ -80,17 +137,22 @@ def curve(name: str) -> list[dict[str, float]]:
     return rows
 
 
-def plot(out: Path) -> None:
-    """The curves of the runs that are in `build/runs`."""
-    columns = {
-        **{"clip-text": "right", "unet": "loss", "encoder": "fields", "decoder": "psnr"},
-        **{"clip-vision": "right", "probe": "loss"},
-    }
+STAGES = {
+    **{"clip-text": "right", "unet": "loss", "encoder": "fields", "decoder": "psnr"},
+    **{"clip-vision": "right", "probe": "loss"},
+}
+MOTION_STAGES = {"motion-predictor": "loss", "motion-module": "loss"}
+
+
+def plot(out: Path, columns: Mapping[str, str]) -> None:
+    """The curves of the runs that are in `build/runs`: for each stage one of its columns."""
     wanted = {name: column for name, column in columns.items() if curve(name)}
     figure, axes = plt.subplots(1, len(wanted), figsize=(3.2 * len(wanted), 2.6), squeeze=False)
     for axis, (name, column) in zip(axes[0], wanted.items(), strict=True):
         rows = [row for row in curve(name) if column in row]
         axis.plot([row["step"] for row in rows], [row[column] for row in rows], linewidth=1)
+        if "straight" in rows[0]:
+            axis.plot([row["step"] for row in rows], [row["straight"] for row in rows], linewidth=1, alpha=0.4)
         axis.set_title(f"{name}: {column}", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
@@ -105,7 +167,7 @@ def parts(model: Path) -> str:
     for folder in sorted(p for p in model.iterdir() if (p / "config.json").is_file()):
         config = json.loads((folder / "config.json").read_text())
         count = 0
-        for file in folder.glob("*model*.safetensors"):
+        for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     size = 1
@@ -148,10 +210,11 @@ def main() -> None:
     parser.add_argument("--vision-minutes", type=float, default=8)
     parser.add_argument("--curves", default="curves.png", help="the picture of these runs' curves, beside earlier ones")
     parser.add_argument("--history", default="", help="how these weights came about, where not as above")
+    parser.add_argument("--motion-history", default="", help="the same of the motion parts")
     parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
     if any(RUNS.glob("*/curve.csv")):
-        plot(args.model / args.curves)
+        plot(args.model / args.curves, STAGES)
     accuracy = json.loads((PROBE / "accuracy.json").read_text())
     words = (args.model / "vocabulary.txt").read_text().split()
     text = TEXT.format(
@@ -170,6 +233,16 @@ def main() -> None:
         probe=", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()),
     )
     (args.model / "README.md").write_text(text)
+    if MOTION.is_dir():
+        if any(RUNS.glob("motion-*/curve.csv")):
+            plot(MOTION / "curves.png", MOTION_STAGES)
+        told = MOTION_TEXT.format(
+            parts=parts(MOTION),
+            sampled=", ".join(clips.MOTIONS),
+            history=args.motion_history,
+            figures=motion_figures(MOTION / "evaluation.json"),
+        )
+        (MOTION / "README.md").write_text(told)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ objective, the diffusion loss on real clips; the U-Net's own weights stay as the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor
@@ -80,14 +81,22 @@ def load(folder: Path, what: str) -> NDArray[Any]:
 
 
 @torch.no_grad()
-def encode_tokens(encoder: CLIPVisionModelWithProjection, pictures: NDArray[np.uint8]) -> Tensor:
-    """K of every frame: (clips, LENGTH, 3, 128, 128) uint8 -> (clips, LENGTH, tokens, WIDTH) bfloat16."""
-    rows = []
-    for clip in pictures:
-        with half_precision():
-            pixels = torch.from_numpy(clip).float() / 127.5 - 1
-            rows.append(encoder(pixel_values=pixels).last_hidden_state.bfloat16())
-    return torch.stack(rows)
+def encode_tokens(model: Path, folder: Path) -> Tensor:
+    """K of every frame of the clips in a folder, by a pipeline's image encoder: (clips, LENGTH, tokens, WIDTH)
+    bfloat16. Kept beside the clips, by the encoder's weights."""
+    weights = (model / "image_encoder" / "model.safetensors").read_bytes()
+    path = folder / f"tokens-{hashlib.blake2b(weights, digest_size=6).hexdigest()}.pt"
+    if not path.exists():
+        encoder = CLIPVisionModelWithProjection.from_pretrained(model / "image_encoder", dtype=torch.float32).eval()
+        rows = []
+        for clip in load(folder, "pictures"):
+            with half_precision():
+                pixels = torch.from_numpy(clip).float() / 127.5 - 1
+                rows.append(encoder(pixel_values=pixels).last_hidden_state.bfloat16())
+        torch.save(torch.stack(rows), path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    tokens: Tensor = torch.load(path, weights_only=True)
+    return tokens
 
 
 # --------------------------------------------------------------------------- the parts
@@ -131,12 +140,24 @@ def adapter_of(unet: UNetMotionModel, adapter: MotionAdapter) -> MotionAdapter:
 
 
 def motion_unet(folder: Path, adapter: MotionAdapter) -> UNetMotionModel:
-    """The U-Net of a pipeline's folder with motion modules that learn; the rest of it is frozen."""
+    """The U-Net of a pipeline's folder; the motion modules of its middle and its decoder learn, the rest is frozen.
+
+    Where something moves to is decided after the skip connections have said what is where; a step that stops its
+    backward pass there costs a third less.
+    """
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     made = UNetMotionModel.from_unet2d(unet, adapter)
-    made.freeze_unet2d_params()
+    made.requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_("motion_modules" in name and not name.startswith("down_blocks"))
     made.set_attn_processor(AttnProcessor())
+    made.conv_in.register_forward_pre_hook(lambda *_: _grad(False))
+    made.down_blocks[-1].register_forward_hook(lambda *_: _grad(True))
     return made
+
+
+def _grad(enabled: bool) -> None:
+    torch.set_grad_enabled(enabled)
 
 
 # --------------------------------------------------------------------------- the stages
@@ -173,8 +194,7 @@ def spans(count: int, batch: int, rng: random.Random) -> Spans:
 def train_predictor(args: argparse.Namespace) -> None:
     """Tokens of the frames between, from those of the first and the last, in the encoder's space."""
     torch.manual_seed(args.seed)
-    encoder = CLIPVisionModelWithProjection.from_pretrained(args.model / "image_encoder", dtype=torch.float32).eval()
-    tokens = encode_tokens(encoder, load(args.data, "pictures"))
+    tokens = encode_tokens(args.model, args.data)
     held_out, tokens = tokens[: len(tokens) // 20], tokens[len(tokens) // 20 :]
     predictor = SemanticMotionPredictor.from_pretrained(args.start_from) if args.start_from else build_predictor()
     training = Training("motion-predictor", predictor, args, ema=0.998, warmup=100, weight_decay=0.02)
@@ -210,12 +230,9 @@ def train_module(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = CLIPTokenizer.from_pretrained(args.model / "tokenizer")
     text = CLIPTextModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32).eval()
-    encoder = CLIPVisionModelWithProjection.from_pretrained(args.model / "image_encoder", dtype=torch.float32).eval()
     latents = torch.from_numpy(load(args.data, "latents"))
-    pictures = load(args.data, "pictures")
     known = [clips.clip(i) for i in range(len(latents))]
-    ends = encode_tokens(encoder, pictures)
-    del pictures
+    ends = encode_tokens(args.model, args.data)
     start = args.start_from or args.out
     predictor = SemanticMotionPredictor.from_pretrained(start / "predictor", torch_dtype=torch.float32)
     trained = (start / "motion_adapter" / "config.json").exists()

@@ -25,7 +25,7 @@ from storydiffusion.motion.detail import Given, carried
 from storydiffusion.motion.parts import Motion
 from storydiffusion.motion.predictor import interpolate
 from storydiffusion.references import Picture, check_picture, decode_latents, encode_image, resized
-from storydiffusion.run import DEFAULTS, Cancel, Settings, noise_source, picture_noise, stop_if
+from storydiffusion.run import DEFAULTS, Cancel, Settings, check_size, noise_source, picture_noise, stop_if
 from storydiffusion.sampling import Callback, LatentPreview, Progress
 
 #: Frames made in one run; motion modules are trained on 16.
@@ -126,6 +126,7 @@ def between(
         Cancelled: `cancel` said so.
     """
     stretch.check()
+    check_size(pipe, settings)
     size = settings.width, settings.height
     pictures = {frame: resized(picture, *size) for frame, picture in stretch.keyframes.items()}
     latents = {frame: encode_image(pipe, picture, *size).float() for frame, picture in pictures.items()}
