@@ -420,7 +420,9 @@ class _Remembered:
 
 
 def is_self_attention(name: str, module: nn.Module) -> bool:
-    return name.endswith("attn1") and hasattr(module, "processor") and hasattr(module, "to_k")
+    """Within a picture, that is; a motion module's attention along the frames is another thing."""
+    spatial = name.endswith("attn1") and "motion_modules" not in name
+    return spatial and hasattr(module, "processor") and hasattr(module, "to_k")
 
 
 def grid_factor(grid: tuple[int, int], tokens: int) -> int:

@@ -6,6 +6,9 @@ frame, those of every frame between. `module` then trains it together with the m
 objective, the diffusion loss on real clips; the U-Net's own weights stay as they are.
 
     V_l = U-Net(noised frames, T, P_1 .. P_L)      first and last frame given, those between have to be found
+
+As in use, every frame attends to the first and the last by Consistent Self-Attention, which is never trained: who it
+is comes from there, and the module learns where and how.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from storydiffusion.attention import ConsistentSelfAttention, Layout
 from storydiffusion.motion.predictor import SemanticMotionPredictor, frame_times, interpolate, joined
-from training import captions, clips, vae
+from storydiffusion.motion.transition import PLAN
+from training import captions, clips, fields, vae
 from training.clip import VISION_SIZE, WIDTH, tokenize
 from training.common import MODEL, Training, half_precision, training_options
 from training.encode import colors, to_tensor
@@ -248,6 +253,9 @@ def train_module(args: argparse.Namespace) -> None:
     noise_schedule = scheduler()
     importance = (1 / (1 - noise_schedule.alphas_cumprod)).clamp(max=5)
     per_channel = channel_weights().view(1, 1, -1, 1, 1)
+    consistency = ConsistentSelfAttention(PLAN, training.seed, chunk=64)
+    attached = consistency.attached(unet)
+    attached.__enter__()
     for step in training:
         chosen = spans(len(latents), args.batch, rng)
         x0, tokens = chosen.of(latents).float(), chosen.of(ends)[:, [0, -1]].float()
@@ -261,7 +269,10 @@ def train_module(args: argparse.Namespace) -> None:
         u = (torch.arange(count) + torch.rand(count)) / count
         timesteps = (u[torch.randperm(count)] * 1000).long().clamp(max=999)
         noisy = noise_schedule.add_noise(x0, torch.randn_like(x0), timesteps)
-        with half_precision():
+        consistency.begin_step(step, 0.0, (fields.GRID, fields.GRID))
+        between = ((), *[(0, frames - 1)] * (frames - 2), ())
+        consistency.next_call(Layout(count, tuple(map(str, range(frames))), between))
+        with half_precision(), sdpa_kernel(SDPBackend.MATH):
             if rng.random() < ALONE:
                 context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
             else:
@@ -275,8 +286,7 @@ def train_module(args: argparse.Namespace) -> None:
             -1, 1, 1, 1, 1
         )
         training.learn((errors * weight)[:, 1:-1].mean())
-        if (step + 1) % 250 == 0:
-            training.save()
+    attached.__exit__(None, None, None)
     training.finish()
     adapter_of(unet, build_adapter()).half().save_pretrained(args.out / "motion_adapter")
     predictor.half().save_pretrained(args.out / "predictor")

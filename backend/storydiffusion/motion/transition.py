@@ -2,7 +2,8 @@
 
     K_s, K_e = E(F_s), E(F_e)          of neighbouring keyframes
     P_1 .. P_L = B(K_1 .. K_L)
-    x_t -> x_0 with the motion U-Net on [T ; P_l], the keyframes' own latents, noised to t, in their places
+    x_t -> x_0 with the motion U-Net on [T ; P_l], the keyframes' own latents, noised to t, in their places,
+    every frame attending to them by Consistent Self-Attention
 
 Kept here: keyframes come out as the pixels they went in; same request, same seed, same frames; memory does not
 grow with the length of a stretch, because a long one is made coarse first and then between its frames.
@@ -18,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from storydiffusion.attention import stable_seed
+from storydiffusion.attention import EVERYWHERE, ConsistentSelfAttention, Layout, Plan, stable_seed
 from storydiffusion.conditioning import encode_prompt
 from storydiffusion.errors import ImageError, PlanError
 from storydiffusion.motion.detail import Given, carried
@@ -31,6 +32,9 @@ from storydiffusion.sampling import Callback, LatentPreview, Progress
 #: Frames made in one run; motion modules are trained on 16.
 WINDOW = 16
 MAX_FRAMES = 1000
+
+#: How frames attend to the keyframes around them: those say who it is, the predictor says where.
+PLAN = Plan("film", where=EVERYWHERE, rate=1.0)
 
 Easing = Literal["linear", "smooth"]
 EASINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,6 +199,9 @@ def _denoise(
     clean = torch.cat([known[frames[i]] for i in given]).to(noise)
     latents = noise * scheduler.init_noise_sigma
     preview, total = LatentPreview(pipe), len(scheduler.timesteps)
+    consistency = ConsistentSelfAttention(PLAN, settings.seed, chunk=settings.chunk)
+    names = tuple(map(str, frames))
+    sources = tuple(() if i in given else tuple(given) for i in range(len(frames)))
 
     def progress(step: int) -> None:
         if callback:
@@ -202,21 +209,24 @@ def _denoise(
             callback(Progress(step, total, (stretch.id,), lambda: preview(middle)))
 
     progress(0)
-    for step, timestep in enumerate(scheduler.timesteps):
-        stop_if(cancel)
-        latents[given] = scheduler.add_noise(clean, noise[given], timestep.reshape(1).expand(len(given)))
-        guided = len(texts) == 2 and settings.guidance_scale > 1 and step / total < settings.guidance_until
-        rows = texts if guided else texts[-1:]
-        model_input = scheduler.scale_model_input(latents, timestep)[None].expand(len(rows), -1, -1, -1, -1)
-        prediction = motion.call(model_input, timestep, rows, predicted)
-        if guided:
-            without, told = prediction
-            prediction = (without + settings.guidance_scale * (told - without))[None]
-        generators = [torch.Generator().manual_seed(stable_seed(seed, "step", step)) for seed in seeds]
-        latents = scheduler.step(
-            prediction[0], timestep, latents, return_dict=False, **noise_source(scheduler, generators)
-        )[0]
-        progress(step + 1)
+    with consistency.attached(motion.unet):
+        for step, timestep in enumerate(scheduler.timesteps):
+            stop_if(cancel)
+            latents[given] = scheduler.add_noise(clean, noise[given], timestep.reshape(1).expand(len(given)))
+            guided = len(texts) == 2 and settings.guidance_scale > 1 and step / total < settings.guidance_until
+            rows = texts if guided else texts[-1:]
+            consistency.begin_step(step, step / total, (noise.shape[2], noise.shape[3]))
+            consistency.next_call(Layout(len(rows), names, sources))
+            model_input = scheduler.scale_model_input(latents, timestep)[None].expand(len(rows), -1, -1, -1, -1)
+            prediction = motion.call(model_input, timestep, rows, predicted)
+            if guided:
+                without, told = prediction
+                prediction = (without + settings.guidance_scale * (told - without))[None]
+            generators = [torch.Generator().manual_seed(stable_seed(seed, "step", step)) for seed in seeds]
+            latents = scheduler.step(
+                prediction[0], timestep, latents, return_dict=False, **noise_source(scheduler, generators)
+            )[0]
+            progress(step + 1)
     latents[given] = clean
     return cast("Tensor", latents)
 
