@@ -156,7 +156,9 @@ class Studio:
             unet, vae = (read_json(self.path / part / "config.json") for part in ("unet", "vae"))
             multiple = 2 ** (len(vae["block_out_channels"]) - 1 + len(unet["block_out_channels"]) - 1)
             best, longest = (self.preset.size, self.preset.longest) if self.preset else ((512, 512), 0)
-            steps, guidance = (self.preset.steps, self.preset.guidance_scale) if self.preset else (25, 7.0)
+            steps, guidance = 25, 7.0
+            if self.preset:
+                steps, guidance = self.preset.film_steps or self.preset.steps, self.preset.guidance_scale
         width, height = fitting_size(picture, best, longest, multiple)
         return Settings(
             width=width,

@@ -45,7 +45,7 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.clip vision --minutes {vision_minutes:.0f}
     python -m training.motion draw           # 1,500 clips of the moving storyworld
     python -m training.motion predictor --batch 24 --lr 2e-3 --minutes 14
-    python -m training.motion module --minutes 35
+    python -m training.motion module --batch 2 --minutes 36
     python -m training.data --layout single --count 30000 --folder build/singles
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
@@ -230,7 +230,10 @@ def main() -> None:
         history=args.history,
         figures=figures(args.evaluation),
         held_out=args.held_out,
-        probe=", ".join(f"{name} {value:.1%}" for name, value in accuracy.items()),
+        probe=", ".join(
+            f"{name} {value:.1%}" if name != "pixels_off" else f"pixels off {value:.1f}"
+            for name, value in accuracy.items()
+        ),
     )
     (args.model / "README.md").write_text(text)
     if MOTION.is_dir():

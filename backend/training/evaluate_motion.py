@@ -227,7 +227,7 @@ def evaluate_transitions(
     """
     from dataclasses import replace
 
-    from storydiffusion.models import load_pipeline
+    from storydiffusion.models import load_catalogue, load_pipeline
 
     if unknown := [name for name in rows or () if name not in ROWS]:
         raise PlanError(f"There is no row called {', '.join(unknown)}.", f"Rows: {', '.join(ROWS)}.")
@@ -235,7 +235,7 @@ def evaluate_transitions(
     pipe = load_pipeline(path)
     motion = open_motion(pipe, motion_folder(path), path)
     settings = replace(story_settings(), plan=None)
-    settings = replace(settings, num_inference_steps=steps or settings.num_inference_steps)
+    settings = replace(settings, num_inference_steps=steps or load_catalogue()["storyworld"].film_steps)
     ruler = Ruler(motion)
     chosen = clips.held_out(count)
     drawn = [[clips.draw(frame) for frame in clip.frames] for clip in tqdm(chosen, desc="drawing", leave=False)]

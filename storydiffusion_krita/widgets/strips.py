@@ -121,6 +121,7 @@ class StripRow(QtWidgets.QWidget):
         self.length.setText(tr("{seconds} s", seconds=seconds))
         if not self.prompt.hasFocus() and self.prompt.text() != view.prompt:
             self.prompt.setText(view.prompt)
+            self.prompt.setCursorPosition(0)
         busy = view.state in ("waiting", "queued", "loading", "sampling", "placing")
         self.state.setVisible(bool(view.text))
         self.state.setText(" ".join(filter(None, (view.text, view.remedy))))

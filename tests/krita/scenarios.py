@@ -509,6 +509,7 @@ def make_film(stage: Stage) -> Generator[Any, Any, Any]:
     stage.saw["film"] = {"before": before, "panels": panels, **keyframes(stage, document, 0)}
     stage.saw["film"]["after"] = layers(document)
     stage.saw["film"]["canvas"] = yield from canvas_at(document, list(range(16)))
+    yield from play(stage, document)
     yield from paint_a_frame(stage, document, 6)
     stage.action("edit_undo")
     yield 1
@@ -533,6 +534,21 @@ def make_film(stage: Stage) -> Generator[Any, Any, Any]:
     stage.saw["opened_film"] = [keyframes(stage, document, number) for number in (0, 1)]
     stage.saw["opened_canvas"] = yield from canvas_at(document, [0, 6, 15, 30])
     stage.screenshot("film-opened")
+
+
+def play(stage: Stage, document: Any) -> Generator[Any, Any, Any]:
+    """By the strip's own button; stopped by Krita's."""
+    seen = set()
+    stage.click(strip_of(stage, 0)[0].play)
+    for _ in range(30):
+        yield 0.1
+        seen.add(document.currentTime())
+    stage.action("toggle_playback")
+    yield 1
+    stage.saw["played"] = sorted(seen)
+    document.setCurrentTime(0)
+    document.waitForDone()
+    yield 0.3
 
 
 def paint_a_frame(stage: Stage, document: Any, time: int) -> Generator[Any, Any, Any]:

@@ -192,6 +192,10 @@ def test_the_panels_stay_what_they_were(filmed: harness.Ran) -> None:
     assert [one for one in film["after"] if one["id"] in ids] == film["before"]
 
 
+def test_the_film_plays_at_once(filmed: harness.Ran) -> None:
+    assert len(filmed.check()["played"]) > 3, "time stood still"
+
+
 def test_a_painted_frame_stays_when_the_others_are_made_again(filmed: harness.Ran) -> None:
     saw = filmed.check()
     first, painted, after = saw["film"], saw["painted_frame"]["before"], saw["painted_frame"]["after"]

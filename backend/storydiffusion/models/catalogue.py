@@ -38,6 +38,7 @@ class Preset:
         guidance_until, guidance_rescale: as `Settings` says.
         licence: of the weights, in words.
         notes: a sentence or two for the artist.
+        film_steps: num_inference_steps of the frames between panels; 0 where the same.
         fp16: the hub keeps half-precision files beside the full ones.
         verified: the revision is a commit confirmed to be this model's.
         longest: no side of a picture may be longer, in pixels; 0 where the area alone counts. The embedded
@@ -59,6 +60,7 @@ class Preset:
     longest: int = 0
     guidance_until: float = 1.0
     guidance_rescale: float = 0.0
+    film_steps: int = 0
 
     def __post_init__(self) -> None:
         pinned = self.embedded if not self.revision else bool(COMMIT.fullmatch(self.revision))

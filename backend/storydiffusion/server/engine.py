@@ -9,6 +9,7 @@ import base64
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,7 +141,10 @@ class Engine:
         if cancelled():
             raise Cancelled
         report.started(unknown_words(work.stretch.prompt, load_vocabulary(locate(source))))
-        settings = settings_of(work.story, preset_of(source), None, 4)
+        preset = preset_of(source)
+        settings = settings_of(work.story, preset, None, 4)
+        if preset and preset.film_steps and not work.story.num_inference_steps:
+            settings = replace(settings, num_inference_steps=preset.film_steps)
         made = between(pipe, self._motion, work.stretch, settings, _Callback(work, report), cancelled)
         report.panel(work.stretch.id)
         return [made[output.frame or 0] for output in work.outputs]
