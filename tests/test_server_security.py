@@ -29,6 +29,7 @@ from storydiffusion.errors import ImageError, StoryDiffusionError
 from storydiffusion.server import images, security
 from storydiffusion.server.app import Server
 from storydiffusion.server.main import bind, extra_models, hosts_of
+from storydiffusion.server.protocol import MAX_IMAGES
 from storydiffusion.server.work import Part
 
 GOOD: list[tuple[bytes, bytes]] = [(b"host", b"127.0.0.1:8000"), (b"authorization", b"Bearer " + TOKEN.encode())]
@@ -314,7 +315,7 @@ def test_json_nested_without_end_is_refused(server: Server) -> None:
 
 
 def test_more_parts_than_pictures_are_refused(server: Server) -> None:
-    body = multipart(generate(1), [b"x"] * 300)
+    body = multipart(generate(1), [b"x"] * (MAX_IMAGES + 2))
     assert ask(server, "POST", "/jobs", job_headers(len(body)), [body])[0] == 400
 
 
