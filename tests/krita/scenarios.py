@@ -163,9 +163,16 @@ def made(stage: Stage, seconds: float = 240) -> Until:
 
 
 def type_into(stage: Stage, edit: QtWidgets.QWidget, text: str) -> Generator[Any, Any, Any]:
-    """Pasted, as a writer does."""
-    stage.click(edit)
-    yield Until("the keyboard in the field", edit.hasFocus, 5)
+    """Pasted, as a writer does; clicked again where the docker was still settling under the first click."""
+    for patience in (3, 5, 15):
+        stage.click(edit)
+        try:
+            yield Until("the keyboard in the field", edit.hasFocus, patience)
+        except TimeoutError:
+            if patience == 15:
+                raise
+        else:
+            break
     stage.press("ctrl+a")
     QtWidgets.QApplication.clipboard().setText(text)
     stage.press("ctrl+v")
