@@ -89,3 +89,8 @@ def test_the_stages_leave_parts_that_make_frames(drawn: Path, tmp_path: Path, mo
     made = between(pipe, parts, Stretch("s", 4, ends), Settings(num_inference_steps=2, plan=None))
     assert np.array_equal(made[3], ends[3])
     assert made[1].shape == (256, 256, 3)
+
+
+def test_no_configuration_names_a_folder_of_the_machine_it_was_made_on() -> None:
+    for path in (resources() / "models").rglob("*.json"):
+        assert '"_name_or_path": "/' not in path.read_text(encoding="utf-8"), path

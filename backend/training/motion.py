@@ -254,41 +254,40 @@ def train_module(args: argparse.Namespace) -> None:
     importance = (1 / (1 - noise_schedule.alphas_cumprod)).clamp(max=5)
     per_channel = channel_weights().view(1, 1, -1, 1, 1)
     consistency = ConsistentSelfAttention(PLAN, training.seed, chunk=64)
-    attached = consistency.attached(unet)
-    attached.__enter__()
-    for step in training:
-        chosen = spans(len(latents), args.batch, rng)
-        x0, tokens = chosen.of(latents).float(), chosen.of(ends)[:, [0, -1]].float()
-        count, frames = x0.shape[:2]
-        told = [
-            captions.describe(known[i].frames[0].scene, rng).text if rng.random() < 0.5 else ""
-            for i in chosen.clips.tolist()
-        ]
-        with torch.no_grad():
-            prompt_embeds = text(tokenize(tokenizer, told)).last_hidden_state
-        u = (torch.arange(count) + torch.rand(count)) / count
-        timesteps = (u[torch.randperm(count)] * 1000).long().clamp(max=999)
-        noisy = noise_schedule.add_noise(x0, torch.randn_like(x0), timesteps)
-        consistency.begin_step(step, 0.0, (fields.GRID, fields.GRID))
-        between = ((), *[(0, frames - 1)] * (frames - 2), ())
-        consistency.next_call(Layout(count, tuple(map(str, range(frames))), between))
-        with half_precision(), sdpa_kernel(SDPBackend.MATH):
-            if rng.random() < ALONE:
-                context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
-            else:
-                with torch.no_grad():
-                    predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
-                context = joined(prompt_embeds, predictor.to_context(predicted))
-                extra = {"down_block_additional_residuals": predictor.residuals(predicted, x0.shape[-2:])}
-            made = unet(noisy.transpose(1, 2), timesteps, context, **extra).sample
-        errors = (made.float().transpose(1, 2) - x0).square() * per_channel
-        weight = vae.spread_loss(x0.flatten(0, 1)).unflatten(0, (count, frames)) * importance[timesteps].view(
-            -1, 1, 1, 1, 1
-        )
-        training.learn((errors * weight)[:, 1:-1].mean())
-    attached.__exit__(None, None, None)
+    with consistency.attached(unet):
+        for step in training:
+            chosen = spans(len(latents), args.batch, rng)
+            x0, tokens = chosen.of(latents).float(), chosen.of(ends)[:, [0, -1]].float()
+            count, frames = x0.shape[:2]
+            told = [
+                captions.describe(known[i].frames[0].scene, rng).text if rng.random() < 0.5 else ""
+                for i in chosen.clips.tolist()
+            ]
+            with torch.no_grad():
+                prompt_embeds = text(tokenize(tokenizer, told)).last_hidden_state
+            u = (torch.arange(count) + torch.rand(count)) / count
+            timesteps = (u[torch.randperm(count)] * 1000).long().clamp(max=999)
+            noisy = noise_schedule.add_noise(x0, torch.randn_like(x0), timesteps)
+            consistency.begin_step(step, 0.0, (fields.GRID, fields.GRID))
+            between = ((), *[(0, frames - 1)] * (frames - 2), ())
+            consistency.next_call(Layout(count, tuple(map(str, range(frames))), between))
+            with half_precision(), sdpa_kernel(SDPBackend.MATH):
+                if rng.random() < ALONE:
+                    context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
+                else:
+                    with torch.no_grad():
+                        predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
+                    context = joined(prompt_embeds, predictor.to_context(predicted))
+                    extra = {"down_block_additional_residuals": predictor.residuals(predicted, x0.shape[-2:])}
+                made = unet(noisy.transpose(1, 2), timesteps, context, **extra).sample
+            errors = (made.float().transpose(1, 2) - x0).square() * per_channel
+            weight = vae.spread_loss(x0.flatten(0, 1)).unflatten(0, (count, frames)) * importance[timesteps].view(
+                -1, 1, 1, 1, 1
+            )
+            training.learn((errors * weight)[:, 1:-1].mean())
     training.finish()
     adapter_of(unet, build_adapter()).half().save_pretrained(args.out / "motion_adapter")
+    predictor.register_to_config(_name_or_path="")  # where it was read from here says nothing to others
     predictor.half().save_pretrained(args.out / "predictor")
 
 

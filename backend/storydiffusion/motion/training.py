@@ -210,9 +210,7 @@ class Run:
             )
         self.pipe, self.motion, self.options = pipe, motion, options
         self.validation, self.videos = videos[: options.held_out], videos[options.held_out :]
-        self.accelerator = Accelerator(
-            mixed_precision=options.precision, gradient_accumulation_steps=1, cpu=not torch.cuda.is_available()
-        )
+        self.accelerator = Accelerator(mixed_precision=options.precision, cpu=not torch.cuda.is_available())
         set_seed(options.seed)
         learner = Learner(motion, options.what)
         optimizer = torch.optim.AdamW(learner.learned(), lr=options.lr, weight_decay=1e-2)

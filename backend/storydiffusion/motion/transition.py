@@ -12,7 +12,7 @@ grow with the length of a stretch, because a long one is made coarse first and t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -229,9 +229,3 @@ def _denoise(
             progress(step + 1)
     latents[given] = clean
     return cast("Tensor", latents)
-
-
-def streamed(stretches: Iterator[list[Picture]]) -> Iterator[Picture]:
-    """Frames of stretches that follow each other: where one begins the one before ended."""
-    for i, frames in enumerate(stretches):
-        yield from frames if i == 0 else frames[1:]
