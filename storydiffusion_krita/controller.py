@@ -17,7 +17,7 @@ from .jobs import Desk, Told
 from .layers import PICTURE_ANNOTATION, STORY_ANNOTATION, Layer, Rect, StoryDocument, panel_title, take_title
 from .orders import Order
 from .page import frame_of
-from .progress import PanelView, Progress, Running, Work, changed_text, duration_text, working_text
+from .progress import STATES, PanelView, Progress, Running, Work, changed_text, duration_text, working_text
 from .story_state import Character, Panel, Story, Take
 from .strips import Strips
 from .texts import tr
@@ -417,8 +417,6 @@ class Controller:
             self._progressed(running, told)
 
     def _progressed(self, running: Running, told: Told) -> None:
-        states = {"waiting": "waiting", "sent": "queued", "position": "queued", "loading": "loading",
-                  "started": "loading", "step": "sampling"}  # fmt: skip
         panels: Sequence[str] = running.panels
         if told.kind == "step":
             panels = told.data.get("panels", ())
@@ -431,16 +429,14 @@ class Controller:
                 self._work[panel_id].state = "placing"
                 self.changed("panel", panel_id)
             return
-        elif told.kind not in states:
+        elif told.kind not in STATES:
             return
         if told.kind == "waiting":
             running.began, running.steps_done, running.tail = None, 0, 0
         for panel_id in panels:
             work = self._work.get(panel_id)
             if work is not None and work.key == told.key:
-                work.state = states[told.kind]
-                work.step, work.steps = told.data.get("step", 0), told.data.get("steps", 0)
-                work.position = told.data.get("position", work.position)
+                work.follow(told.kind, told.data)
                 self.changed("panel", panel_id)
         self.changed("progress", "")
 
@@ -748,8 +744,7 @@ class Controller:
     def _state(self, panel: Panel, problem: str) -> tuple[str, str, str, float | None]:
         work, failure = self._work.get(panel.id), self._failures.get(panel.id)
         if work is not None:
-            fraction = work.step / work.steps if work.state == "sampling" and work.steps else None
-            return work.state, working_text(work), "", fraction
+            return work.state, working_text(work), "", work.fraction
         if problem:
             return "problem", problem, "", None
         if failure is not None:

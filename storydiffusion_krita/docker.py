@@ -296,7 +296,7 @@ class StoryDocker(QtWidgets.QWidget):
         assert self.film_export is not None
         self.film_all.setEnabled(any(strips.exists(panel) for panel in controller.story.panels))
         self.film_export.setEnabled(bool(strips.layers()) and not strips.working)
-        if (failure := strips.failure()) is not None:
+        if (failure := strips.film.failure) is not None:
             self.notice.setText(f"{failure.sentence} {failure.remedy}".strip())
             self.notice.show()
 
@@ -322,7 +322,7 @@ class StoryDocker(QtWidgets.QWidget):
         if path:
             if "." not in path.replace("\\", "/").rsplit("/", 1)[-1]:
                 path += kind[kind.index("*") + 1 : -1]
-            self._controller.strips.export(path)
+            self._controller.strips.film.start(path)
 
     def again_selected(self) -> None:
         if self._controller is not None and self._controller.selected:

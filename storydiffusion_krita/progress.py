@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .orders import Order
 from .texts import tr
 
+#: What the backend tells of a job, and the state it is in then.
+STATES = {
+    "waiting": "waiting",
+    "sent": "queued",
+    "position": "queued",
+    "loading": "loading",
+    "started": "loading",
+    "step": "sampling",
+}
+
 
 @dataclass
 class Work:
-    """A panel that is being made: `state` is 'waiting', 'queued', 'loading', 'sampling' or 'placing'."""
+    """What is being made: `state` is 'waiting', 'queued', 'loading', 'sampling' or 'placing'."""
 
     key: str
     state: str = "waiting"
     step: int = 0
     steps: int = 0
     position: int = 0
+
+    @property
+    def fraction(self) -> float | None:
+        """How much is done, None where that is not known."""
+        return self.step / self.steps if self.state == "sampling" and self.steps else None
+
+    def follow(self, kind: str, data: Mapping[str, Any]) -> bool:
+        """Takes what the backend tells; False where that says nothing of how far it is."""
+        if kind not in STATES:
+            return False
+        self.state = STATES[kind]
+        self.step, self.steps = data.get("step", 0), data.get("steps", 0)
+        self.position = data.get("position", self.position)
+        return True
 
 
 @dataclass

@@ -7,6 +7,7 @@ files are written by another thread.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import uuid
@@ -17,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from . import orders
 from .client import Failure
+from .film_export import FilmExport
 from .jobs import Told
 from .layers import panel_title
 from .orders import Order
 from .progress import Work, working_text
 from .story_state import Panel, Story
 from .texts import tr
+from .turns import Steps, in_turns
 
 if TYPE_CHECKING:
     from .controller import Controller
 
-EXPORT = "export"
 MAX_FRAMES, MAX_HOLD = 200, 500
 
 
@@ -50,8 +52,7 @@ class StripView:
 
 @dataclass
 class _Making:
-    """A strip on its way: the pictures that are given, by frame, until those between have come; or a film on
-    its way to `path`."""
+    """A strip on its way: the pictures that are given, by frame, until those between have come."""
 
     key: str
     panel: str
@@ -60,7 +61,6 @@ class _Making:
     ends: list[str] = field(default_factory=list)
     frames: int = 0
     variation: int = 0
-    path: str = ""
 
 
 def starts(story: Story) -> dict[str, int]:
@@ -95,12 +95,16 @@ class Strips:
         #: asked to play the film from here on; whoever knows Krita's actions does it
         self.play_asked: Callable[[], None] = lambda: None
         self.shown = False
+        self.film = FilmExport(self, controller, background)
+        # what the panels looked like when they were last looked at, by their group
+        self._looks: dict[str, str] = {}
+        self._turn = 0
 
     # ----------------------------------------------------------------------- what there is
 
     @property
     def working(self) -> bool:
-        return bool(self._work)
+        return bool(self._work) or self.film.work is not None
 
     def next_of(self, panel: Panel) -> Panel | None:
         panels = self._controller.story.panels
@@ -135,10 +139,10 @@ class Strips:
     def _stale(self, panel: Panel) -> str:
         """What changed since the strip was made, in words."""
         strip, following = panel.strip, self.next_of(panel)
-        document = self._controller.document
         if following is None:
             return ""
-        if strip.to != following.id or strip.ends != [document.look(panel.group), document.look(following.group)]:
+        looks = [self._looks.get(one.group, end) for one, end in zip((panel, following), strip.ends, strict=False)]
+        if strip.to != following.id or strip.ends != looks:
             return tr("a panel has changed since this was made")
         if len(strip.placed) != strip.frames:
             return tr("made with {count} frames", count=len(strip.placed))
@@ -149,7 +153,7 @@ class Strips:
         made, fraction, remedy = self.made(panel), None, ""
         if work is not None:
             state, text = work.state, working_text(work)
-            fraction = work.step / work.steps if work.state == "sampling" and work.steps else None
+            fraction = work.fraction
         elif failure is not None:
             state, text, remedy = "failed", failure.sentence, failure.remedy
         elif made and (stale := self._stale(panel)):
@@ -163,9 +167,26 @@ class Strips:
         )  # fmt: skip
 
     def poll(self) -> None:
-        """The artist may have shown or hidden the film in Krita's own layer list."""
+        """The artist may have shown or hidden the film in Krita's own layer list, or painted in a panel: one of
+        them is looked at in a call, which takes Krita a millisecond or two."""
         layers = self.layers()
         self.shown = any(self._controller.layers[layer].visible for layer in layers)
+        panels = self._controller.story.panels
+        ends = [one for pair in itertools.pairwise(panels) if self.made(pair[0]) for one in pair]
+        if ends:
+            self._turn += 1
+            self._look(ends[self._turn % len(ends)])
+
+    def _look(self, panel: Panel) -> str:
+        """What a panel looks like now; the ways that it ends are shown anew where that has changed."""
+        look = self._controller.document.look(panel.group)
+        if self._looks.get(panel.group) != look:
+            self._looks[panel.group] = look
+            panels = self._controller.story.panels
+            at = panels.index(panel)
+            for one in panels[max(0, at - 1) : at + 1]:
+                self._controller.changed("panel", one.id)
+        return look
 
     # ----------------------------------------------------------------------- edits
 
@@ -202,39 +223,40 @@ class Strips:
         self._failures.pop(panel_id, None)
         self._controller.changed("panel", panel_id)
         self._controller.changed("progress", "")
-        self._in_turns(making, self._send(making, panel))
+        self._run(making, self._send(making, panel))
 
     def make_all(self) -> None:
         """Every way that is not made, or not any more what its panels are."""
-        for panel in self._controller.story.panels:
-            if self.exists(panel) and (not self.made(panel) or self._stale(panel)):
-                self.make(panel.id)
 
-    def _in_turns(self, making: _Making, steps: Iterator[None]) -> None:
+        def steps() -> Steps:
+            for panel in list(self._controller.story.panels):
+                if self._controller.story.panel(panel.id) is not panel:
+                    continue
+                following = self.next_of(panel)
+                if following is not None and self.made(panel):
+                    self._look(panel)
+                    self._look(following)
+                if self.exists(panel) and (not self.made(panel) or self._stale(panel)):
+                    self.make(panel.id)
+                yield
+
+        in_turns(self._controller.defer, steps(), self._controller.document.is_open, lambda: None)
+
+    def _run(self, making: _Making, steps: Steps) -> None:
         """One step a turn of the event loop, as long as nobody has cancelled."""
 
-        def turn() -> None:
-            if making.key not in self._making:
-                steps.close()  # type: ignore[attr-defined]
-                return
-            try:
-                next(steps)
-            except StopIteration:
-                return
-            except Exception:
-                self._fail(making, Failure("error", tr("The frames could not be put into the document.")))
-                raise
-            self._controller.defer(turn)
+        def failed() -> None:
+            self._fail(making, Failure("error", tr("The frames could not be put into the document.")))
 
-        self._controller.defer(turn)
+        in_turns(self._controller.defer, steps, lambda: making.key in self._making, failed)
 
-    def _send(self, making: _Making, panel: Panel) -> Iterator[None]:
+    def _send(self, making: _Making, panel: Panel) -> Steps:
         controller, document = self._controller, self._controller.document
         following = self.next_of(panel)
         assert following is not None
         for frame, one in ((0, panel), (making.frames - 1, following)):
             making.given[frame] = document.picture(one.group, controller.rect(one))
-            making.ends.append(document.look(one.group))
+            making.ends.append(self._look(one))
             yield
         for frame, picture in self._painted(panel):
             if picture is not None:
@@ -243,7 +265,7 @@ class Strips:
             yield
         order = self._order(making, panel)
         if len(making.given) == making.frames:  # nothing between
-            self._in_turns(making, self._place(making, {}))
+            self._run(making, self._place(making, {}))
         else:
             controller.submit(order, self.told)
 
@@ -280,25 +302,17 @@ class Strips:
         work = self._work.get(making.panel) if making is not None else None
         if making is None or work is None:
             return
-        states = {"waiting": "waiting", "sent": "queued", "position": "queued", "loading": "loading",
-                  "started": "loading", "step": "sampling", "panel": "placing"}  # fmt: skip
         if told.kind == "results":
             work.state = "placing"
             between = [frame for frame in range(making.frames) if frame not in making.given]
             made = {frame: picture for frame, (_, picture, _) in zip(between, told.results, strict=True)}
-            if making.path:
-                self._exported(making, told.results[0][1])
-            else:
-                self._in_turns(making, self._place(making, made))
+            self._run(making, self._place(making, made))
         elif told.kind == "failed":
             assert told.failure is not None
             self._fail(making, told.failure)
         elif told.kind in ("cancelled", "expired"):
             self._end(making)
-        elif told.kind in states:
-            work.state = states[told.kind]
-            work.step, work.steps = told.data.get("step", 0), told.data.get("steps", 0)
-            work.position = told.data.get("position", work.position)
+        elif work.follow(told.kind, told.data):
             self._controller.changed("panel", making.panel)
             self._controller.changed("progress", "")
 
@@ -313,7 +327,9 @@ class Strips:
         self._controller.changed("progress", "")
 
     def cancel(self, panel_id: str = "") -> None:
-        """Stops the making of a strip, or of all."""
+        """Stops the making of a strip, or of all and of a film."""
+        if not panel_id:
+            self.film.cancel()
         for making in list(self._making.values()):
             if panel_id in ("", making.panel):
                 self._controller.withdraw(making.key)
@@ -321,7 +337,7 @@ class Strips:
 
     # ----------------------------------------------------------------------- onto the timeline
 
-    def _place(self, making: _Making, made: Mapping[int, Any]) -> Iterator[None]:
+    def _place(self, making: _Making, made: Mapping[int, Any]) -> Steps:
         """All frames as one layer of keyframes at their time."""
         controller, document = self._controller, self._controller.document
         panel = controller.story.panel(making.panel)
@@ -409,99 +425,16 @@ class Strips:
             self._controller.poll()
             self._controller.changed("panel", panel_id)
 
-    # ----------------------------------------------------------------------- a file
-
-    def export(self, path: str) -> None:
-        """The film as a file: what the canvas shows at every time, captions with it where the format holds them."""
-        if EXPORT in self._work or not self.layers():
-            return
-        making = _Making(uuid.uuid4().hex, EXPORT, None, frames=1, path=path)
-        self._making[making.key] = making
-        self._work[EXPORT] = Work(making.key)
-        self._failures.pop(EXPORT, None)
-        self._controller.changed("progress", "")
-        self._in_turns(making, self._read_film(making, Path(path).suffix.lower()))
-
-    def _read_film(self, making: _Making, suffix: str) -> Iterator[None]:
-        document, end = self._controller.document, self.end()
-        before, was_shown = document.time(), self.shown
-        self.shown = False
-        self.show(True)
-        images: list[Any] = []
-        frames: list[dict[str, int]] = []
-        try:
-            for time in range(end + 1):
-                document.seek(time)
-                yield
-                picture = document.canvas()
-                if images and images[-1] == picture:
-                    frames[-1]["count"] += 1
-                else:
-                    images.append(picture)
-                    frames.append({"image": len(images) - 1, "count": 1})
-                yield
-        finally:
-            document.seek(before)
-            self.show(was_shown)
-        request = {
-            "kind": "film",
-            "format": suffix,
-            "rate": float(document.film_rate()),
-            "frames": frames,
-            "captions": self._captions() if suffix in (".mp4", ".webm") else [],
-        }
-        order: Order[Any] = Order(making.key, "film", ("film",), request, tuple((one, None) for one in images))
-        self._controller.submit(order, self.told)
-
-    def _captions(self) -> list[dict[str, Any]]:
-        """Each panel's caption while it is held, and the first's while it begins to move."""
-        found = []
-        panels = self._controller.story.panels
-        for number, panel in enumerate(panels):
-            if self.made(panel) and panel.caption and (not number or not self.made(panels[number - 1])):
-                found.append({"text": panel.caption, "start": panel.strip.start, "length": len(panel.strip.placed) - 1})
-            following = self.next_of(panel)
-            if self.made(panel) and following is not None and following.caption:
-                start = panel.strip.start + len(panel.strip.placed) - 1
-                found.append({"text": following.caption, "start": start, "length": panel.strip.hold})
-        return found
-
-    def _exported(self, making: _Making, content: bytes) -> None:
-        path = Path(making.path)
-
-        def work() -> Failure | None:
-            draft = path.with_name(f".{path.name}.part")
-            try:
-                draft.write_bytes(content)
-                draft.replace(path)
-            except OSError as error:
-                draft.unlink(missing_ok=True)
-                return Failure("disk_full", tr("The film could not be written: {reason}.", reason=str(error)))
-            return None
-
-        def done(failure: Failure | None) -> None:
-            if failure is not None:
-                self._fail(making, failure)
-            else:
-                self._controller.notice = tr("The film was written to {path}.", path=str(path))
-                self._end(making)
-                self._controller.changed("story", "")
-
-        self._background(work, done)
+    # ----------------------------------------------------------------------- the docker's last line
 
     def progress_text(self) -> str:
         """The docker's last line while a strip or a film is made, "" when none is."""
-        if not self._work:
-            return ""
-        panel_id, work = next(iter(self._work.items()))
-        number = self._controller.number(panel_id)
-        what = tr("Film") if panel_id == EXPORT else f"{panel_title(number)} → {number + 1}"
-        return f"{what} · {working_text(work)}"
+        if self._work:
+            panel_id, work = next(iter(self._work.items()))
+            number = self._controller.number(panel_id)
+            return f"{panel_title(number)} → {number + 1} · {working_text(work)}"
+        return f"{tr('Film')} · {working_text(self.film.work)}" if self.film.work is not None else ""
 
     def fraction(self) -> float | None:
-        work = next(iter(self._work.values()), None)
-        return work.step / work.steps if work is not None and work.state == "sampling" and work.steps else None
-
-    def failure(self) -> Failure | None:
-        """Why the last export did not come to be."""
-        return self._failures.get(EXPORT)
+        work = next(iter(self._work.values()), self.film.work)
+        return work.fraction if work is not None else None

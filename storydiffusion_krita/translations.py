@@ -200,6 +200,7 @@ JAPANESE = {
     # films
     "a panel has changed since this was made": "作成後にコマが変わっています",
     "made with {count} frames": "{count} フレームで作成済み",
+    "The film could not be read from the document.": "ドキュメントからフィルムを読み取れませんでした。",
     "The frames could not be put into the document.": "フレームをドキュメントに入れられませんでした。",
     "Krita could not import the frames.": "Krita がフレームを読み込めませんでした。",
     "The frames could not be written: {reason}.": "フレームを書き出せませんでした: {reason}。",

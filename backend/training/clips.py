@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from training import fields, world
+from training import captions, fields, world
 from training.data import HELD_OUT
 from training.world import Figure, Scene, View
 
@@ -87,6 +87,13 @@ def trajectory(clip: Clip) -> list[tuple[float, float]]:
         y = figure.y - figure.scale * world.pose(figure)[2]
         places.append(((figure.x - view.left) * view.zoom, (y - view.top) * view.zoom))
     return places
+
+
+def caption(frame: Frame, rng: random.Random) -> str:
+    """A frame in words; a figure on its way into a pose is said to be in the nearer one."""
+    figure = frame.scene.cells[0].figures[0]
+    action = figure.then if figure.then and figure.phase >= 0.5 else figure.action
+    return captions.describe(_with(frame.scene, action=action, then="", facing=1), rng).text
 
 
 # --------------------------------------------------------------------------- motions

@@ -36,7 +36,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 from storydiffusion.attention import ConsistentSelfAttention, Layout
 from storydiffusion.motion.predictor import SemanticMotionPredictor, frame_times, interpolate, joined
 from storydiffusion.motion.transition import PLAN
-from training import captions, clips, fields, vae
+from training import clips, fields, vae
 from training.clip import VISION_SIZE, WIDTH, tokenize
 from training.common import MODEL, Training, half_precision, training_options
 from training.encode import colors, to_tensor
@@ -47,8 +47,11 @@ DATA = Path("build/clips")
 #: Clips a shard.
 SHARD = 25
 #: Of the steps, the share that is without predicted tokens, so that the motion module stands alone too; the share
-#: that is of parts of clips; and of every second frame.
-ALONE, PARTS, SPARSE = 0.12, 0.25, 0.3
+#: that is with the true frames' own, so that it learns to do what they say; the share that is of parts of clips; and
+#: of every second frame.
+ALONE, TOLD, PARTS, SPARSE = 0.1, 0.35, 0.25, 0.3
+#: Noise is drawn as u ** HIGH_NOISE: where something stands is decided while there is much of it.
+HIGH_NOISE = 0.6
 #: Frames between the first and the last that the predictor is shown of a clip: more clips for the same time.
 BETWEEN = 3
 
@@ -237,7 +240,7 @@ def train_module(args: argparse.Namespace) -> None:
     text = CLIPTextModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32).eval()
     latents = torch.from_numpy(load(args.data, "latents"))
     known = [clips.clip(i) for i in range(len(latents))]
-    ends = encode_tokens(args.model, args.data)
+    every = encode_tokens(args.model, args.data)
     start = args.start_from or args.out
     predictor = SemanticMotionPredictor.from_pretrained(start / "predictor", torch_dtype=torch.float32)
     trained = (start / "motion_adapter" / "config.json").exists()
@@ -257,26 +260,28 @@ def train_module(args: argparse.Namespace) -> None:
     with consistency.attached(unet):
         for step in training:
             chosen = spans(len(latents), args.batch, rng)
-            x0, tokens = chosen.of(latents).float(), chosen.of(ends)[:, [0, -1]].float()
+            x0, tokens = chosen.of(latents).float(), chosen.of(every).float()
             count, frames = x0.shape[:2]
-            told = [
-                captions.describe(known[i].frames[0].scene, rng).text if rng.random() < 0.5 else ""
-                for i in chosen.clips.tolist()
+            told = [  # what is seen halfway is what happens
+                clips.caption(known[i].frames[row[frames // 2]], rng) if rng.random() < 0.5 else ""
+                for i, row in zip(chosen.clips.tolist(), chosen.frames.tolist(), strict=True)
             ]
             with torch.no_grad():
                 prompt_embeds = text(tokenize(tokenizer, told)).last_hidden_state
             u = (torch.arange(count) + torch.rand(count)) / count
-            timesteps = (u[torch.randperm(count)] * 1000).long().clamp(max=999)
+            timesteps = (u[torch.randperm(count)] ** HIGH_NOISE * 1000).long().clamp(max=999)
             noisy = noise_schedule.add_noise(x0, torch.randn_like(x0), timesteps)
             consistency.begin_step(step, 0.0, (fields.GRID, fields.GRID))
             between = ((), *[(0, frames - 1)] * (frames - 2), ())
             consistency.next_call(Layout(count, tuple(map(str, range(frames))), between))
             with half_precision(), sdpa_kernel(SDPBackend.MATH):
-                if rng.random() < ALONE:
+                if (kind := rng.random()) < ALONE:
                     context, extra = prompt_embeds.repeat_interleave(frames, 0), {}
                 else:
-                    with torch.no_grad():
-                        predicted = predictor.predict(tokens[:, 0], tokens[:, 1], frame_times(frames))
+                    predicted = tokens
+                    if kind > ALONE + TOLD:
+                        with torch.no_grad():
+                            predicted = predictor.predict(tokens[:, 0], tokens[:, -1], frame_times(frames))
                     context = joined(prompt_embeds, predictor.to_context(predicted))
                     extra = {"down_block_additional_residuals": predictor.residuals(predicted, x0.shape[-2:])}
                 made = unet(noisy.transpose(1, 2), timesteps, context, **extra).sample

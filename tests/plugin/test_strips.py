@@ -106,7 +106,8 @@ def test_a_panel_that_changed_says_so_at_the_way_from_it_and_to_it(scene: Scene)
     make(scene, 0)
     make(scene, 1)
     scene.document.add("scarf", panel(scene, 1).group, picture="scarf")
-    scene.controller.poll()
+    for _ in range(4):  # one panel is looked at a poll
+        scene.controller.poll()
     states = [scene.controller.strips.view(panel(scene, i)).state for i in (0, 1)]
     assert states == ["stale", "stale"]
     make(scene, 0)
@@ -186,12 +187,51 @@ def test_all_ways_that_are_missing_or_stale_are_made(scene: Scene) -> None:
     assert [order.panels for order in scene.desk.orders[before:]] == [("p3-p4",)]
 
 
+def test_a_panel_painted_just_now_is_seen_when_all_ways_are_made(scene: Scene) -> None:
+    make(scene, 0)
+    make(scene, 1)
+    before = len(scene.desk.orders)
+    scene.document.add("scarf", panel(scene, 2).group, picture="scarf")
+    scene.controller.strips.make_all()  # no poll between
+    scene.turns.run()
+    assert [order.panels for order in scene.desk.orders[before:]] == [("p3-p4",)]
+
+
+def test_rows_are_shown_without_asking_the_document_how_panels_look(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(scene, 0)
+    make(scene, 1)
+    looked: list[str] = []
+    monkeypatch.setattr(scene.document, "look", lambda layer: looked.append(layer) or "")
+    for one in scene.controller.story.panels:
+        scene.controller.strips.view(one)
+    assert not looked
+    scene.controller.strips.poll()
+    assert len(looked) == 1
+
+
+def test_a_film_that_is_cancelled_is_not_written_and_the_canvas_is_as_it_was(scene: Scene, tmp_path: Path) -> None:
+    make(scene, 0)
+    scene.document.seek(3)
+    scene.controller.strips.show(False)
+    scene.controller.strips.film.start(str(tmp_path / "film.mp4"))
+    scene.turns.run(6)
+    scene.controller.strips.cancel()
+    orders = len(scene.desk.orders)
+    scene.turns.run()
+    assert len(scene.desk.orders) == orders
+    assert scene.document.now == 3
+    assert not scene.controller.strips.shown
+    assert not scene.controller.working
+
+
 def test_a_film_is_what_the_canvas_shows_at_every_time_and_is_written_whole(scene: Scene, tmp_path: Path) -> None:
     make(scene, 0)
     make(scene, 1)
     scene.document.seek(3)
     path = tmp_path / "film.mp4"
-    scene.controller.strips.export(str(path))
+    scene.controller.strips.film.start(str(path))
     scene.turns.run()
     order = scene.desk.last
     assert order.kind == "film"
@@ -213,11 +253,11 @@ def test_a_film_is_what_the_canvas_shows_at_every_time_and_is_written_whole(scen
 
 def test_a_film_that_cannot_be_written_says_why(scene: Scene, tmp_path: Path) -> None:
     make(scene, 0)
-    scene.controller.strips.export(str(tmp_path / "nowhere" / "film.mp4"))
+    scene.controller.strips.film.start(str(tmp_path / "nowhere" / "film.mp4"))
     scene.turns.run()
     scene.desk.results(scene.desk.last, [("film", b"a film", 0)])
     scene.turns.run()
-    failure = scene.controller.strips.failure()
+    failure = scene.controller.strips.film.failure
     assert failure is not None
     assert "could not be written" in failure.sentence
 
