@@ -7,7 +7,8 @@ with the truth.
     clipsim_first, clipsim_frames   the same with the cosine of the image encoder's embeddings
     end_psnr                        of the first and the last frame to the panels, dB
     lpips_truth                     LPIPS of the frames between to the true ones
-    trajectory_error                how far from its true place the character stands, pixels, by the probe
+    trajectory_error                how far from its true place the character stands, pixels, by the probe, in
+                                    frames in whose truth it is not at or beyond the picture's edge
     pose_error                      share of frames between whose action is read otherwise than the true frame's
     corrupted                       share of frames between in which not exactly one character is seen
 
@@ -45,6 +46,8 @@ Picture = NDArray[np.uint8]
 #: Makes all frames of a clip from its first and last: (first, last, how many, its number) -> frames.
 Maker = Callable[[Picture, Picture, int, int], list[Picture]]
 LARGE = 0.25
+#: Where the character's middle is nearer to the picture's side than this, in picture sides, it is only half in sight.
+EDGE = 0.08
 MEASURES = ("lpips_first", "lpips_frames", "clipsim_first", "clipsim_frames", "end_psnr", "lpips_truth",
             "trajectory_error", "pose_error", "corrupted")  # fmt: skip
 
@@ -137,7 +140,11 @@ class Ruler:
         inside = slice(1, -1)
         seen, expected = look(self.probe, made[inside]), look(self.probe, truth[inside])
         pairs = list(zip(seen, expected, strict=True))
-        off = [np.hypot(one.box.x - x, one.box.y - y) for one, (x, y) in zip(seen, path[inside], strict=True)]
+        off = [
+            np.hypot(one.box.x - x, one.box.y - y)
+            for one, (x, y) in zip(seen, path[inside], strict=True)
+            if EDGE < x / made[0].shape[1] < 1 - EDGE
+        ]
         countable = [a.count != 1 for a, b in pairs if b.count == 1]
         embedded = self.embeddings(made)
         return {
@@ -147,7 +154,7 @@ class Ruler:
             "clipsim_frames": float((embedded[1:] * embedded[:-1]).sum(-1).mean()),
             "end_psnr": float(np.mean([_psnr(made[i], truth[i]) for i in (0, -1)])),
             "lpips_truth": float(self.lpips.between([f[inside] for f in features], [t[inside] for t in true]).mean()),
-            "trajectory_error": float(np.mean(off)),
+            "trajectory_error": float(np.mean(off or [np.nan])),
             "pose_error": float(np.mean([a.attributes["action"] != b.attributes["action"] for a, b in pairs])),
             "corrupted": float(np.mean(countable or [False])),
         }
@@ -165,6 +172,11 @@ def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     means = np.asarray(values)[rng.integers(0, len(values), (draws, len(values)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return round(float(low), 4), round(float(high), 4)
+
+
+def _known(rows: Sequence[dict[str, float]], measure: str) -> list[float]:
+    """A measure of those clips in which there was something to measure."""
+    return [one[measure] for one in rows if not np.isnan(one[measure])]
 
 
 def measure_row(
@@ -189,10 +201,10 @@ def measure_row(
     large = [one for one, clip in zip(found, chosen, strict=True) if clip.displacement > LARGE]
 
     def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-        return {m: round(float(np.mean([one[m] for one in rows])), 4) for m in MEASURES} if rows else {}
+        return {m: round(float(np.mean(known)), 4) for m in MEASURES if (known := _known(rows, m))}
 
     def intervals(rows: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
-        return {m: interval([one[m] for one in rows]) for m in MEASURES} if rows else {}
+        return {m: interval(known) for m in MEASURES if (known := _known(rows, m))}
 
     kinds = {m: [f for f, clip in zip(found, chosen, strict=True) if clip.motion == m] for m in clips.MOTIONS}
     return Row(
@@ -263,7 +275,8 @@ def evaluate_transitions(
         measured.append(row.as_json())
         for label, means, spread in ((name, row.measures, row.interval), ("  large", row.large, row.large_interval)):
             if means:
-                cells = " ".join(f"{means[m]:6.3f} {spread[m][0]:4.2f}-{spread[m][1]:4.2f}" for m in MEASURES)
+                known = {m: f"{means[m]:6.3f} {spread[m][0]:4.2f}-{spread[m][1]:4.2f}" for m in means}
+                cells = " ".join(known.get(m, f"{'-':>16}") for m in MEASURES)
                 print(f"{label:12} {cells} {row.seconds:7.2f} {row.peak_memory_mb:6.0f}", flush=True)
         if json_file:
             write_atomically(json_file, json.dumps({"rows": measured}, indent=1).encode())

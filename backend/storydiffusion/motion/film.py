@@ -23,7 +23,7 @@ from storydiffusion.sampling import Callback
 from storydiffusion.video import Caption
 
 #: Raised when frames come out otherwise than before: stretches of an older one are made again.
-GENERATION = 1
+GENERATION = 2
 MAX_HOLD = 1000
 
 

@@ -5,6 +5,9 @@
     x_t -> x_0 with the motion U-Net on [T ; P_l], the keyframes' own latents, noised to t, in their places,
     every frame attending to them by Consistent Self-Attention
 
+Where two keyframes are one view and nothing happens but a move of the camera, its frames are taken from both
+(`camera`), and nothing is invented.
+
 Kept here: keyframes come out as the pixels they went in; same request, same seed, same frames; memory does not
 grow with the length of a stretch, because a long one is made coarse first and then between its frames.
 """
@@ -22,6 +25,7 @@ from torch import Tensor
 from storydiffusion.attention import EVERYWHERE, ConsistentSelfAttention, Layout, Plan, stable_seed
 from storydiffusion.conditioning import encode_prompt
 from storydiffusion.errors import ImageError, PlanError
+from storydiffusion.motion.camera import camera_between
 from storydiffusion.motion.detail import Given, carried
 from storydiffusion.motion.parts import Motion
 from storydiffusion.motion.predictor import interpolate
@@ -56,7 +60,7 @@ class Stretch:
         prompt: what happens, in words; may be empty.
         seed: of its noise.
         easing: how time passes between two keyframes.
-        way: what the frames between are made from.
+        way: what the frames between are made from, where more happens than a move of the camera.
     """
 
     id: str
@@ -133,10 +137,13 @@ def between(
     check_size(pipe, settings)
     size = settings.width, settings.height
     pictures = {frame: resized(picture, *size) for frame, picture in stretch.keyframes.items()}
-    latents = {frame: encode_image(pipe, picture, *size).float() for frame, picture in pictures.items()}
+    pictures |= _filmed(pictures, stretch)
+    runs = runs_of(sorted(pictures), min(WINDOW, motion.longest))
+    asked = {frame for run in runs for frame in run} & pictures.keys()
+    latents = {frame: encode_image(pipe, pictures[frame], *size).float() for frame in sorted(asked)}
     decoded = {frame: decode_latents(pipe, one)[0] for frame, one in latents.items()}
-    details = [(frame / (stretch.frames - 1), Given(pictures[frame], decoded[frame])) for frame in sorted(pictures)]
-    for frames in runs_of(sorted(pictures), min(WINDOW, motion.longest)):
+    details = [(frame / (stretch.frames - 1), Given(pictures[frame], decoded[frame])) for frame in sorted(asked)]
+    for frames in runs:
         seen = {frame: pictures[frame] for frame in frames if frame in pictures}
         made = _denoise(pipe, motion, stretch, frames, latents, seen, settings, callback, cancel)
         for frame, one in zip(frames, made, strict=True):
@@ -147,8 +154,24 @@ def between(
             decoded[frame] = decode_latents(pipe, one[None])[0]
             near = _neighbours(frame / (stretch.frames - 1), details)
             pictures[frame] = carried(decoded[frame], frame / (stretch.frames - 1), near)
+    if callback and not runs:
+        callback(Progress(1, 1, (stretch.id,), lambda: [pictures[stretch.frames // 2]]))
     pipe.maybe_free_model_hooks()
     return [pictures[frame] for frame in range(stretch.frames)]
+
+
+def _filmed(keyframes: Mapping[int, Picture], stretch: Stretch) -> dict[int, Picture]:
+    """The frames between neighbouring keyframes that a camera's move explains, where no words ask for more."""
+    made: dict[int, Picture] = {}
+    if stretch.prompt or stretch.way == "none":
+        return made
+    for a, b in itertools.pairwise(sorted(keyframes)):
+        camera = camera_between(keyframes[a], keyframes[b]) if b - a > 1 else None
+        if camera is not None:
+            times = EASINGS[stretch.easing](torch.arange(1, b - a) / (b - a)).tolist()
+            views = [camera.view(keyframes[a], keyframes[b], time) for time in times]
+            made |= dict(zip(range(a + 1, b), views, strict=True))
+    return made
 
 
 def _neighbours(time: float, details: Sequence[tuple[float, Given]]) -> list[tuple[float, Given]]:
