@@ -1,31 +1,23 @@
-"""One document's story at work: edits, orders, results. No Qt, no Krita: it is told and it tells.
-
-Kept here: what is slow is never done in one go. Reading the panels' pictures and placing results take
-one turn of the event loop each (`defer`), so painting goes on between them.
-"""
+"""One document's story at work: edits, what to make, what the artist did in Krita. No Qt, no Krita: it is told
+and it tells."""
 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import orders, script, story_state
-from .client import Failure
 from .jobs import Desk, Told
-from .layers import PICTURE_ANNOTATION, STORY_ANNOTATION, Layer, Rect, StoryDocument, panel_title, take_title
+from .layers import PICTURE_ANNOTATION, STORY_ANNOTATION, Layer, Rect, StoryDocument
+from .making import PanelMaking
 from .orders import Order
-from .page import frame_of
-from .progress import STATES, PanelView, Progress, Running, Work, changed_text, duration_text, working_text
+from .progress import PanelView, Progress, changed_text, working_text
 from .story_state import Character, Panel, Story, Take
 from .strips import Strips
 from .texts import tr
 
 THUMBNAIL = 128
-#: No preview goes into the document for this long after a save began: Krita 6 turns its event loop before it
-#: takes what it writes, and one that arrives then would be in the file.
-SAVING_SECONDS = 3.0
 
 
 class Controller:
@@ -50,7 +42,7 @@ class Controller:
         background: Callable[[Callable[[], Any], Callable[[Any], None]], None] = lambda call, then: then(call()),
         save_frame: Callable[[Any, str, int, int], None] = lambda picture, path, width, height: None,
     ) -> None:
-        self.document, self._desk, self.defer, self._sheet, self._clock = document, desk, defer, sheet, clock
+        self.document, self._desk, self.defer, self._sheet = document, desk, defer, sheet
         self.story, self.readonly = Story(), False
         self.model_size, self.model_longest = (256, 256), 0
         self.previews = True
@@ -58,17 +50,13 @@ class Controller:
         self.notice = ""
         #: told of 'story' (panels came, went or moved), 'panel' with its id, 'characters', 'settings', 'progress'
         self.changed: Callable[[str, str], None] = lambda what, which: None
-        self._work: dict[str, Work] = {}
-        self._running: dict[str, Running] = {}
-        self._failures: dict[str, Failure] = {}
         self.layers: dict[str, Layer] = {}
         self._active = ""
         self._selection = False
         self._thumbnails: dict[str, Any] = {}
-        self._previews: dict[str, Any] = {}
         self._turn = 0
-        self._saving_until = -1.0
         self._unsaved = False
+        self.making = PanelMaking(self, desk, clock)
         self.strips = Strips(self, background, save_frame)
         self._load()
 
@@ -85,7 +73,7 @@ class Controller:
             # the bytes stay in the document until the artist begins a new story in it
             self.notice = tr("The story in this document cannot be read. The layers are untouched.")
         self.document.remove_previews()
-        self.layers = {layer.id: layer for layer in self.document.layers()}
+        self.look_at_layers()
         for panel in self.story.panels:
             panel.takes = [take for take in panel.takes if take.layer in self.layers]
             if panel.take is None and panel.takes:
@@ -119,7 +107,7 @@ class Controller:
         panel = self.story.panel(panel_id)
         if panel is not None and not self.readonly:
             self.story.set_words(panel, prompt, caption)
-            self._failures.pop(panel_id, None)
+            self.making.failures.pop(panel_id, None)
             self.touch("panel", panel_id)
 
     def set_seed(self, panel_id: str, seed: int | None) -> None:
@@ -168,8 +156,7 @@ class Controller:
     def _forget_gone(self) -> None:
         here = {panel.id for panel in self.story.panels}
         self.selected = [panel_id for panel_id in self.selected if panel_id in here]
-        for panel_id in [panel_id for panel_id in self._work if panel_id not in here]:
-            self._stop_panels([panel_id])
+        self.making.stop([panel_id for panel_id in self.making.work if panel_id not in here])
 
     def add_character(self, name: str = "", description: str = "") -> Character | None:
         if self.readonly:
@@ -243,7 +230,7 @@ class Controller:
         return any(layer.parent == panel.group for layer in self.layers.values())
 
     def can_make(self, panel: Panel) -> bool:
-        return not (panel.locked or panel.id in self._work or self.readonly or self.story.problem(panel))
+        return not (panel.locked or panel.id in self.making.work or self.readonly or self.story.problem(panel))
 
     def missing(self) -> list[str]:
         return [p.id for p in self.story.panels if self.can_make(p) and not self.has_art(p)]
@@ -260,7 +247,7 @@ class Controller:
         wanted = [p.id for p in self.story.panels if p.id in named and self.can_make(p)]
         if wanted:
             panels = [p for p in self.story.panels if p.id in wanted]
-            self._order(wanted, {p.id: self._next(p) if new_seeds else p.variation for p in panels})
+            self.making.order(wanted, {p.id: self._next(p) if new_seeds else p.variation for p in panels})
 
     def again(self, panel_id: str) -> None:
         """Makes a panel once more, from what the others look like now; inside the selection if there is one.
@@ -272,30 +259,30 @@ class Controller:
         if panel is None or not self.can_make(panel):
             return
         mask = self.document.selection(self.rect(panel)) if self.has_art(panel) else None
-        same = bool(panel.take is None or self.story.changed(panel) or self._painted_since(panel))
+        same = bool(panel.take is None or self.story.changed(panel) or self.painted_since(panel))
         variations = {panel_id: panel.variation if same and mask is None else self._next(panel)}
         self.select([panel_id])  # the artist wants to see it
-        self._order([panel_id], variations, again=True, mask=mask, start=mask is not None)
+        self.making.order([panel_id], variations, again=True, mask=mask, start=mask is not None)
 
     def refine(self, panel_id: str, strength: float) -> None:
         """Changes the panel's picture a little (0) or entirely (1)."""
         panel = self.story.panel(panel_id)
         if panel is not None and self.can_make(panel) and self.has_art(panel):
             self.select([panel_id])
-            self._order([panel_id], {panel_id: self._next(panel)}, again=True, start=True, strength=strength)
+            self.making.order([panel_id], {panel_id: self._next(panel)}, again=True, start=True, strength=strength)
 
     def _next(self, panel: Panel) -> int:
         return max([panel.variation, *(take.variation for take in panel.takes)]) + 1 if panel.takes else panel.variation
 
-    def _painted_since(self, panel: Panel) -> list[str]:
+    def painted_since(self, panel: Panel) -> list[str]:
         """The panels that this one is made from and that look otherwise than when its take was made."""
         if panel.take is None:
             return []
         before = panel.take.looks
-        sources = orders.references_for(self.story, [panel.id], self._with_art())
+        sources = orders.references_for(self.story, [panel.id], self.with_art())
         return [one.id for one in sources if one.id in before and self.document.look(one.group) != before[one.id]]
 
-    def _with_art(self) -> list[str]:
+    def with_art(self) -> list[str]:
         return [panel.id for panel in self.story.panels if self.has_art(panel)]
 
     def rect(self, panel: Panel) -> Rect:
@@ -304,72 +291,6 @@ class Controller:
             return (x, y, width, height)
         return (0, 0, *self.document.size())
 
-    def _place_frames(self, panels: Sequence[Panel]) -> None:
-        """Frames for panels that have no layer yet, in the layout of now."""
-        count = len(self.story.panels)
-        for panel in panels:
-            if panel.group not in self.layers:
-                number = self.story.panels.index(panel)
-                grid = self.story.layout == "grid"
-                panel.frame = list(frame_of(number, count, self.document.size())) if grid else None
-
-    def _order(
-        self,
-        wanted: Sequence[str],
-        variations: dict[str, int],
-        again: bool = False,
-        mask: Any = None,
-        start: bool = False,
-        strength: float = 1.0,
-    ) -> None:
-        """Reads one picture a turn, then hands the order in."""
-        key = uuid.uuid4().hex
-        panels = [panel for panel in self.story.panels if panel.id in wanted]
-        self._place_frames(panels)
-        self._running[key] = Running(None, tuple(wanted))
-        for panel in panels:
-            self._work[panel.id] = Work(key)
-            self._failures.pop(panel.id, None)
-            self.changed("panel", panel.id)
-        self.changed("progress", "")
-        sources = orders.references_for(self.story, wanted, self._with_art())
-        if again:  # what the artist painted is what they want to see in the others
-            painted = {one for panel in panels for one in self._painted_since(panel)}
-            sources = orders.painted_first(self.story, wanted, sources, painted)
-        reading = [*sources, *(panels if start else [])]
-        read: dict[str, Any] = {}
-
-        def next_turn() -> None:
-            if key not in self._running:
-                return
-            if reading:
-                panel = reading.pop(0)
-                if panel.group in self.layers:
-                    read[panel.id] = self.document.picture(panel.group, self.rect(panel))
-                self.defer(next_turn)
-                return
-            here = [panel_id for panel_id in wanted if self.story.panel(panel_id) is not None]
-            sheets = {one.id: self.picture_of(one.id) for one in self.story.characters if one.picture}
-            rect = self.rect(panels[0])
-            order: Order[Any] = orders.order(
-                self.story,
-                here,
-                key=key,
-                size=orders.size_for((rect[2], rect[3]), self.model_size, self.model_longest),
-                pictures={panel.id: read[panel.id] for panel in sources if panel.id in read},
-                sheets={name: data for name, data in sheets.items() if data},
-                variations=variations,
-                again=again,
-                start=read.get(wanted[0]) if start else None,
-                mask=mask,
-                strength=strength,
-                previews=self.previews,
-            )
-            self._running[key] = Running(order, tuple(here))
-            self._desk.submit(order, self.told)
-
-        self.defer(next_turn)
-
     def submit(self, order: Order[Any], tell: Callable[[Told], None]) -> None:
         self._desk.submit(order, tell)
 
@@ -377,199 +298,36 @@ class Controller:
         self._desk.cancel(key)
 
     def cancel(self, panel_id: str = "") -> None:
-        """Stops the job of a panel, or all of them."""
+        """Stops the making of a panel, or of all and of films."""
         if not panel_id:
             self.strips.cancel()
-        keys = {self._work[panel_id].key} if panel_id in self._work else set(self._running) if not panel_id else set()
-        for key in keys:
-            self._desk.cancel(key)
-            self._end(key)
-
-    def _stop_panels(self, panel_ids: Sequence[str]) -> None:
-        """Of panels that left the story; their job goes on while it has others to make."""
-        for panel_id in panel_ids:
-            work = self._work.pop(panel_id, None)
-            if work is not None and not any(other.key == work.key for other in self._work.values()):
-                self._desk.cancel(work.key)
-                self._end(work.key)
-
-    # ----------------------------------------------------------------------- what is told
-
-    def told(self, told: Told) -> None:
-        """What the desk says of an order."""
-        running = self._running.get(told.key)
-        if running is None:
-            return
-        if told.kind == "results":
-            self._arrived(running, told)
-        elif told.kind == "failed":
-            assert told.failure is not None
-            for panel_id in running.panels:
-                self._failures[panel_id] = told.failure
-            self._end(told.key)
-        elif told.kind == "cancelled":
-            self._end(told.key)
-        elif told.kind == "preview":
-            self._show_preview(told)
-        elif told.kind == "expired":
-            self._end(told.key)
-        else:
-            self._progressed(running, told)
-
-    def _progressed(self, running: Running, told: Told) -> None:
-        panels: Sequence[str] = running.panels
-        if told.kind == "step":
-            panels = told.data.get("panels", ())
-            self._measure(running, panels, told.data.get("step", 0), told.data.get("steps", 1))
-            self._let_wait(running, panels)
-        elif told.kind == "panel":
-            panel_id = told.data.get("panel", "")
-            running.made.add(panel_id)
-            if panel_id in self._work:
-                self._work[panel_id].state = "placing"
-                self.changed("panel", panel_id)
-            return
-        elif told.kind not in STATES:
-            return
-        if told.kind == "waiting":
-            running.began, running.steps_done, running.tail = None, 0, 0
-        for panel_id in panels:
-            work = self._work.get(panel_id)
-            if work is not None and work.key == told.key:
-                work.follow(told.kind, told.data)
-                self.changed("panel", panel_id)
-        self.changed("progress", "")
-
-    def _let_wait(self, running: Running, sampled: Sequence[str]) -> None:
-        """The panels of a job whose turn has not come yet."""
-        for panel_id in running.panels:
-            work = self._work.get(panel_id)
-            if work is not None and panel_id not in sampled and work.state in ("waiting", "loading"):
-                work.state, work.position = "queued", 0
-                self.changed("panel", panel_id)
-
-    def _measure(self, running: Running, panels: Sequence[str], step: int, steps: int) -> None:
-        if step <= 1 or running.began is None:
-            running.began, running.steps_done = self._clock(), 0  # the first step holds what happens once
-        else:
-            running.steps_done += len(panels)
-        others = len(running.panels) - len(running.made | set(panels))
-        running.tail = (steps - step) * len(panels) + others * steps
-
-    def _arrived(self, running: Running, told: Told) -> None:
-        order = running.order
-        assert order is not None
-        waiting = list(told.results)
-        for panel_id, _, _ in waiting:
-            if panel_id in self._work:
-                self._work[panel_id].state = "placing"
-
-        def next_turn() -> None:
-            if told.key not in self._running:
-                return
-            if waiting:
-                panel_id, picture, seed = waiting.pop(0)
-                try:
-                    self._place(order, panel_id, picture, seed)
-                except Exception:  # a mistake, to be seen; but the docker does not wait for what will not come
-                    self._failures[panel_id] = Failure("error", tr("The picture could not be put into the document."))
-                    self._end(told.key)
-                    raise
-            else:
-                self._end(told.key)
-                self._remember_looks(order.panels)
-                return
-            self.defer(next_turn)
-
-        self.document.remove_previews()
-        self.defer(next_turn)
-
-    def _place(self, order: Order[Any], panel_id: str, picture: Any, seed: int) -> None:
-        """One result into the document: a new layer over the earlier takes, under what was painted over them.
-
-        What was made from the panel's own picture has the paint in it already, and lies over it.
-        """
-        panel = self.story.panel(panel_id)
-        self._work.pop(panel_id, None)
-        if panel is None or not self.document.is_open():
-            return
-        self.layers = {layer.id: layer for layer in self.document.layers()}
-        self._ensure_group(panel)
-        earlier = [take.layer for take in panel.takes if take.layer in self.layers]
-        number = len(panel.takes) + 1
-        over = order.kind in ("refine", "inpaint")
-        under_paint = [take.layer for take in panel.takes if take.layer in earlier and not take.over]
-        above = under_paint[-1] if under_paint and not over else ""
-        layer = self.document.add_take(panel.group, take_title(number), picture, self.rect(panel), above)
-        variation = order.variations.get(panel_id, panel.variation)
-        panel.takes.append(Take(layer, seed, variation, dict(order.made.get(panel_id, {})), over=over))
-        panel.variation, panel.chosen = variation, layer
-        self.layers = {one.id: one for one in self.document.layers()}
-        if not self.selected:
-            self.selected = [panel_id]
-        shown, hidden = self._layout()
-        self.strips.show(False)
-        self.document.show([layer, *shown], [*earlier, *hidden])
-        self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
-        self.touch("panel", panel_id)
-
-    def _ensure_group(self, panel: Panel) -> None:
-        """The panel's group; one that the artist flattened becomes a take in a new one."""
-        old = self.layers.get(panel.group)
-        if old is not None and old.group:
-            return
-        panel.group = self.document.create_panel(panel_title(self.story.panels.index(panel) + 1))
-        if old is not None:
-            self.document.move_into(old.id, panel.group)
-
-    def _remember_looks(self, panel_ids: Sequence[str]) -> None:
-        """What the others looked like when these were made, to know later whether somebody painted in them."""
-        for panel in self.story.panels:
-            take = panel.take
-            if panel.id in panel_ids and take is not None:
-                sources = orders.references_for(self.story, [panel.id], self._with_art())
-                take.looks = {other.id: self.document.look(other.group) for other in sources}
-        self.touch("progress")
-
-    def _end(self, key: str) -> None:
-        running = self._running.pop(key, None)
-        if running is None:
-            return
-        for panel_id in [panel_id for panel_id, work in self._work.items() if work.key == key]:
-            del self._work[panel_id]
-        for panel_id in running.panels:
-            self._previews.pop(panel_id, None)
-            self.changed("panel", panel_id)
-        if not self._running and self.document.is_open():
-            self.document.remove_previews()
-        self.changed("progress", "")
-
-    def _show_preview(self, told: Told) -> None:
-        panel = self.story.panel(told.data.get("panel", ""))
-        if panel is None or panel.id not in self._work:
-            return
-        self._previews[panel.id] = told.preview
-        seen = self.story.layout == "grid" or panel.id in self.selected[:1]
-        saving = self._clock() < self._saving_until
-        if self.previews and seen and not saving and self.document.is_open():
-            self.document.show_preview(told.preview, self.rect(panel))
-        self.changed("panel", panel.id)
+        self.making.cancel(panel_id)
 
     def before_save(self) -> None:
         """Nothing of ours that is not the artist's goes into a file, and nothing of theirs is left out."""
-        self._saving_until = self._clock() + SAVING_SECONDS
-        self.document.remove_previews()
+        self.making.before_save()
         self.flush()
 
     def close(self) -> None:
         """The document is gone: what is being made for it has no place any more."""
-        for key in list(self._running):
-            self._running.pop(key)
-            self._desk.cancel(key)
-        self._work.clear()
+        self.making.close()
         self.strips.cancel()
 
     # ----------------------------------------------------------------------- takes
+
+    def look_at_layers(self) -> None:
+        """What layers there are now."""
+        self.layers = {layer.id: layer for layer in self.document.layers()}
+
+    def show_result(self, panel: Panel, layer: str, earlier: Sequence[str]) -> None:
+        """Shows a take that came, instead of the earlier ones, where the layout shows its panel."""
+        if not self.selected:
+            self.selected = [panel.id]
+        shown, hidden = self._layout()
+        self.strips.show(False)
+        self.document.show([layer, *shown], [*earlier, *hidden])
+        self._thumbnails[panel.id] = self.document.thumbnail(panel.group, THUMBNAIL)
+        self.touch("panel", panel.id)
 
     def takes(self, panel: Panel) -> list[Take]:
         """Those whose layer is there; a layer that was deleted is a take that was deleted."""
@@ -644,7 +402,7 @@ class Controller:
     def poll(self) -> None:
         """Looks at the layers: Krita has no signal for them. A millisecond or two."""
         before = self.layers
-        self.layers = {layer.id: layer for layer in self.document.layers()}
+        self.look_at_layers()
         if before.keys() != self.layers.keys():
             self._follow_merges(before)
         for panel in self.story.panels:
@@ -709,8 +467,8 @@ class Controller:
 
     def thumbnail(self, panel_id: str) -> Any:
         """What the panel looks like: while it is made, as far as it is."""
-        if panel_id in self._previews:
-            return self._previews[panel_id]
+        if panel_id in self.making.previews:
+            return self.making.previews[panel_id]
         panel = self.story.panel(panel_id)
         if panel_id not in self._thumbnails and panel is not None and panel.group in self.layers:
             self._thumbnails[panel_id] = self.document.thumbnail(panel.group, THUMBNAIL)
@@ -742,7 +500,7 @@ class Controller:
         )
 
     def _state(self, panel: Panel, problem: str) -> tuple[str, str, str, float | None]:
-        work, failure = self._work.get(panel.id), self._failures.get(panel.id)
+        work, failure = self.making.work.get(panel.id), self.making.failures.get(panel.id)
         if work is not None:
             return work.state, working_text(work), "", work.fraction
         if problem:
@@ -757,27 +515,13 @@ class Controller:
         return "done", tr("done"), "", None
 
     def progress(self) -> Progress:
-        if not self._running:
-            return Progress(self.strips.progress_text(), self.strips.fraction())
-        key, running = next(iter(self._running.items()))
-        works = [work for work in self._work.values() if work.key == key]
-        sampling = [work for work in works if work.state == "sampling"]
-        rest = len(self._running) - 1
-        more = tr(" · {count} more waiting", count=rest) if rest else ""
-        if not sampling:
-            return Progress((working_text(works[0]) if works else tr("placing")).capitalize() + more)
-        steps = max(1, sampling[0].steps) * len(running.panels)
-        fraction = max(0.0, 1 - running.tail / steps)
-        count = len(running.panels)
-        text = tr("{count} panels", count=count) if count > 1 else panel_title(self.number(running.panels[0]))
-        if running.steps_done and running.began is not None:
-            left = (self._clock() - running.began) / running.steps_done * running.tail
-            text += " · " + duration_text(left)
-        return Progress(text + more, fraction)
+        if self.making.working:
+            return self.making.progress()
+        return Progress(self.strips.progress_text(), self.strips.fraction())
 
     def number(self, panel_id: str) -> int:
         return next((i + 1 for i, panel in enumerate(self.story.panels) if panel.id == panel_id), 0)
 
     @property
     def working(self) -> bool:
-        return bool(self._running) or self.strips.working
+        return self.making.working or self.strips.working

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from fakes import FakeDocument, Scene
-from storydiffusion_krita.controller import SAVING_SECONDS
 from storydiffusion_krita.layers import PICTURE_ANNOTATION, STORY_ANNOTATION
+from storydiffusion_krita.making import SAVING_SECONDS
 from storydiffusion_krita.page import frame_of
 
 LINES = ("[Mira] wakes", "[Mira] walks", "[Mira] swims", "[Mira] sleeps")
@@ -484,8 +484,8 @@ def test_previews_are_on_the_canvas_only_for_the_panel_that_is_seen_and_never_in
     scene.desk.preview(first, "while Krita writes")
     assert not scene.document.previews
     assert scene.controller.thumbnail(first) == "while Krita writes"
-    later = scene.controller._clock() + SAVING_SECONDS
-    scene.controller._clock = lambda: later
+    later = scene.controller.making._clock() + SAVING_SECONDS
+    scene.controller.making._clock = lambda: later
     scene.desk.preview(first, "afterwards")
     assert scene.document.previews == ["afterwards"]
 
