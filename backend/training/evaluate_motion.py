@@ -13,7 +13,9 @@ with the truth.
     corrupted                       share of frames between in which not exactly one character is seen
 
 A frozen clip would win the paper's four; the others it would lose. Figures in brackets are 95 % confidence intervals
-by bootstrap over clips. `large` are clips in which the character gets over a quarter of the picture's side.
+by bootstrap over clips. `large` are clips in which the character gets over a quarter of the picture's side. Clips
+differ more than ways of making them do, so the last row is also compared with each other one clip by clip: the mean
+of the differences, with its interval, under `differences`.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ from training.probe import load_probe, look
 Picture = NDArray[np.uint8]
 #: Makes all frames of a clip from its first and last: (first, last, how many, its number) -> frames.
 Maker = Callable[[Picture, Picture, int, int], list[Picture]]
+#: What is printed of the differences.
+COMPARED = ("lpips_truth", "trajectory_error", "pose_error", "corrupted")
 LARGE = 0.25
 #: Where the character's middle is nearer to the picture's side than this, in picture sides, it is only half in sight.
 EDGE = 0.08
@@ -105,6 +109,7 @@ class Row:
     large: dict[str, float] = field(default_factory=dict)
     large_interval: dict[str, tuple[float, float]] = field(default_factory=dict)
     of_motion: dict[str, dict[str, float]] = field(default_factory=dict)
+    found: list[dict[str, float]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -217,7 +222,21 @@ def measure_row(
         means(large),
         intervals(large),
         {motion: means(rows) for motion, rows in kinds.items() if rows},
+        found,
     )
+
+
+def differences(row: Row, other: Row, chosen: Sequence[clips.Clip]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """How a row differs from another, clip by clip: of each measure the mean and its 95 % confidence interval, over
+    all clips and over the large ones."""
+    out: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for name, kept in (("all", lambda clip: True), ("large", lambda clip: clip.displacement > LARGE)):
+        pairs = [(a, b) for a, b, clip in zip(row.found, other.found, chosen, strict=True) if kept(clip)]
+        for measure in MEASURES:
+            off = [a[measure] - b[measure] for a, b in pairs if not np.isnan(a[measure] - b[measure])]
+            if off:
+                out.setdefault(name, {})[measure] = (round(float(np.mean(off)), 4), *interval(off))
+    return out
 
 
 ROWS = ("crossfade", "flow-warp", "rife", "motion-only", "linear", "predictor")
@@ -262,7 +281,7 @@ def evaluate_transitions(
     large = sum(clip.displacement > LARGE for clip in chosen)
     print(f"{count} clips of {clips.LENGTH} frames ({large} large), {settings.num_inference_steps} steps")
     print(f"{'row':12} " + " ".join(f"{name:>16}" for name in MEASURES) + f" {'s/clip':>7} {'MB':>6}")
-    measured: list[dict[str, Any]] = []
+    measured: list[Row] = []
     for name in rows or ROWS:
         try:
             maker = makers[name]()
@@ -272,12 +291,21 @@ def evaluate_transitions(
             print(f"rife         left out: {error}")
             continue
         row = measure_row(name, maker, chosen, drawn, ruler, pictures)
-        measured.append(row.as_json())
+        measured.append(row)
         for label, means, spread in ((name, row.measures, row.interval), ("  large", row.large, row.large_interval)):
             if means:
                 known = {m: f"{means[m]:6.3f} {spread[m][0]:4.2f}-{spread[m][1]:4.2f}" for m in means}
                 cells = " ".join(known.get(m, f"{'-':>16}") for m in MEASURES)
                 print(f"{label:12} {cells} {row.seconds:7.2f} {row.peak_memory_mb:6.0f}", flush=True)
+        compared = {one.name: differences(row, one, chosen) for one in measured[:-1]}
+        told = [one.as_json() for one in measured]
+        told[-1]["differences"] = compared
         if json_file:
-            write_atomically(json_file, json.dumps({"rows": measured}, indent=1).encode())
-    return measured
+            write_atomically(json_file, json.dumps({"rows": told}, indent=1).encode())
+    print(f"\n{measured[-1].name}, clip by clip:")
+    for name, of in compared.items():
+        for label, values in of.items():
+            off = {m: values[m] for m in COMPARED if m in values}
+            told_off = "   ".join(f"{m} {a:+.3f} ({low:+.3f} to {high:+.3f})" for m, (a, low, high) in off.items())
+            print(f"  than {name:12} {label:6} {told_off}")
+    return told

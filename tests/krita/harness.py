@@ -118,24 +118,8 @@ def krita(
     Args:
         kill: end it with SIGKILL as soon as the scenario has ended.
     """
-    stage = home / "stages" / f"{scenario}-{uuid.uuid4().hex[:6]}"
-    runtime = stage / "runtime"
-    runtime.mkdir(parents=True)
-    runtime.chmod(0o700)
-    given = {
-        "PATH": SYSTEM_PATH,
-        "DISPLAY": display,
-        "LANG": "C.UTF-8",
-        "HOME": str(home),
-        "XDG_CONFIG_HOME": str(home / "config"),
-        "XDG_DATA_HOME": str(home / "data"),
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "XDG_RUNTIME_DIR": str(runtime),
-        "STORYDIFFUSION_SCENARIO": f"{file}:{scenario}",
-        MARK: str(stage),
-        **{name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ},
-        **(environment or {}),
-    }
+    stage, given = _stage(display, home, scenario)
+    given |= {"STORYDIFFUSION_SCENARIO": f"{file}:{scenario}", **(environment or {})}
     output, result = stage / "krita.log", stage / "result.json"
     with output.open("wb") as log:
         process = subprocess.Popen(
@@ -163,6 +147,41 @@ def krita(
         left,
         output.read_text(encoding="utf-8", errors="replace")[-3000:],
     )
+
+
+def _stage(display: str, home: Path, name: str) -> tuple[Path, dict[str, str]]:
+    """A folder for one life of Krita, and the environment it lives in."""
+    stage = home / "stages" / f"{name}-{uuid.uuid4().hex[:6]}"
+    runtime = stage / "runtime"
+    runtime.mkdir(parents=True)
+    runtime.chmod(0o700)
+    return stage, {
+        "PATH": SYSTEM_PATH,
+        "DISPLAY": display,
+        "LANG": "C.UTF-8",
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "XDG_DATA_HOME": str(home / "data"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "XDG_RUNTIME_DIR": str(runtime),
+        MARK: str(stage),
+        **{name: os.environ[name] for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ},
+    }
+
+
+def render(display: str, home: Path, file: Path, *, seconds: float = 120.0) -> list[Path]:
+    """Krita's own rendering of a file's animation, as from its menu: the frames in order, PNGs."""
+    stage, given = _stage(display, home, "render")
+    words = ["krita", "--nosplash", "--export-sequence", "--export-filename", str(stage / "frame.png"), str(file)]
+    with (stage / "krita.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*inside(home), *words], env=given, cwd=home, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            process.wait(seconds)
+        finally:
+            _end_group(process)
+    return sorted(stage.glob("frame*.png"))
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

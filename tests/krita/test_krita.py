@@ -227,6 +227,25 @@ def test_frames_are_the_same_in_a_file_that_is_opened_again(filmed: harness.Ran,
     assert shown["30"] == second["30"]
 
 
+def test_kritas_own_rendering_has_every_frame_as_it_was_placed(display: str, home: Path, filmed: harness.Ran) -> None:
+    """What *Render Animation* in Krita's menu does, started from the command line."""
+    import hashlib
+
+    import cv2
+    import numpy as np
+
+    saw = filmed.check()
+    frames = harness.render(display, home, home / "film.kra")
+    assert len(frames) == saw["second"]["end"] + 1
+    placed = saw["saved_film"][0]["pixels"]
+    for time in range(16):
+        picture = cv2.imread(str(frames[time]), cv2.IMREAD_UNCHANGED)
+        assert picture is not None
+        if picture.shape[2] == 3:
+            picture = np.concatenate([picture, np.full_like(picture[..., :1], 255)], 2)
+        assert hashlib.blake2b(picture.tobytes(), digest_size=8).hexdigest() == placed[str(time)], f"frame {time}"
+
+
 def test_the_exported_film_has_every_frame_at_its_rate(filmed: harness.Ran, home: Path) -> None:
     import av
 

@@ -99,7 +99,7 @@ class Runner(QtCore.QObject):
         self._notifier.windowCreated.connect(self._begin)
 
     def _begin(self) -> None:
-        if self._steps is None:
+        if self._steps is None and "STORYDIFFUSION_SCENARIO" in os.environ:
             file, _, name = os.environ["STORYDIFFUSION_SCENARIO"].rpartition(":")
             sys.path.insert(0, str(Path(file).parent))
             Krita.instance().setBatchmode(True)
