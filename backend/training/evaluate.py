@@ -154,7 +154,7 @@ def rows_of(default: Plan) -> dict[str, tuple[Maker, Plan | None, bool]]:
     rows["everywhere"] = (joint, replace(default, name="everywhere", where=EVERYWHERE), False)
     rows["first-half"] = (joint, replace(default, name="first-half", start=0.0, end=0.5), False)
     rows["second-half"] = (joint, replace(default, name="second-half", start=0.5, end=1.0), False)
-    for weight in (1.0, 2.0, 4.0):
+    for weight in (0.25, 1.0, 2.0, 4.0):
         rows[f"weight-{weight:g}"] = (joint, replace(default, name=f"weight-{weight:g}", weight=weight), False)
     return rows
 
