@@ -230,7 +230,12 @@ def train_predictor(args: argparse.Namespace) -> None:
     with torch.no_grad():
         made, straight = error(held_out, clips.LENGTH)
     print(f"clips not trained on: error {made:.4f}, of the interpolation {straight:.4f}", flush=True)
-    predictor.save_pretrained(args.out / "predictor")
+    save(predictor, args.out)
+
+
+def save(predictor: SemanticMotionPredictor, folder: Path) -> None:
+    predictor.register_to_config(_name_or_path="")  # where it was read from here says nothing to others
+    predictor.half().save_pretrained(folder / "predictor")
 
 
 def train_module(args: argparse.Namespace) -> None:
@@ -292,8 +297,7 @@ def train_module(args: argparse.Namespace) -> None:
             training.learn((errors * weight)[:, 1:-1].mean())
     training.finish()
     adapter_of(unet, build_adapter()).half().save_pretrained(args.out / "motion_adapter")
-    predictor.register_to_config(_name_or_path="")  # where it was read from here says nothing to others
-    predictor.half().save_pretrained(args.out / "predictor")
+    save(predictor, args.out)
 
 
 class Learned(nn.Module):

@@ -168,7 +168,7 @@ def _filmed(keyframes: Mapping[int, Picture], stretch: Stretch) -> dict[int, Pic
     for a, b in itertools.pairwise(sorted(keyframes)):
         camera = camera_between(keyframes[a], keyframes[b]) if b - a > 1 else None
         if camera is not None:
-            times = EASINGS[stretch.easing](torch.arange(1, b - a) / (b - a)).tolist()
+            times = EASINGS["smooth"](torch.arange(1, b - a) / (b - a)).tolist()  # a camera starts and stops gently
             views = [camera.view(keyframes[a], keyframes[b], time) for time in times]
             made |= dict(zip(range(a + 1, b), views, strict=True))
     return made
