@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from training import clips
 from training.common import MODEL, RUNS
+from training.evaluate_motion import COMPARED
 from training.motion import MOTION
 from training.probe import PROBE
 
@@ -44,8 +45,8 @@ Every stage is seeded, logs a curve to `build/runs/STAGE/curve.csv`, and all but
     python -m training.vae encoder --fresh --start-from {model}/vae --minutes {encoder_minutes:.0f}
     python -m training.clip vision --minutes {vision_minutes:.0f}
     python -m training.motion draw           # 1,500 clips of the moving storyworld
-    python -m training.motion predictor --batch 24 --lr 2e-3 --minutes 14
-    python -m training.motion module --batch 2 --minutes 36
+    python -m training.motion predictor --batch 24 --lr 2e-3 --minutes 24
+    python -m training.motion module --batch 2 --minutes 94
     python -m training.data --layout single --count 30000 --folder build/singles
     python -m training.probe --minutes 15    # the ruler; nothing else depends on it
     python -m training.assemble
@@ -98,6 +99,10 @@ the place dissolves ({sampled}).
 
 ## Figures
 
+Rows are described in `training/evaluate_motion.py`. In `linear` and `predictor` a pan or zoom of panels that show the
+same is filmed from the panels (`motion/camera.py`), `motion-only` is the motion module on its own; in all three the
+panels' own pixels are carried to where a frame shows what a panel shows (`motion/detail.py`).
+
 {figures}
 
 Licence: Apache-2.0, weights included.
@@ -125,6 +130,13 @@ def motion_figures(path: Path) -> str:
                 low_high = row[spread].get(name) if name in row[spread] else None
                 cells.append(f"{value:.3g}" + (f" ({low_high[0]:.3g} to {low_high[1]:.3g})" if low_high else ""))
             out.append("| " + " | ".join([row["name"], *cells]) + " |")
+    for title, kept in (("all clips", "all"), ("large motions", "large")):
+        out += ["", f"`{rows[-1]['name']}` less each other row, clip by clip, {title}:", ""]
+        out += ["| | " + " | ".join(COMPARED) + " |", "|---" * (len(COMPARED) + 1) + "|"]
+        for name, by in rows[-1].get("differences", {}).items():
+            off = [by.get(kept, {}).get(measure) for measure in COMPARED]
+            cells = [f"{one[0]:+.3g} ({one[1]:+.3g} to {one[2]:+.3g})" if one else "" for one in off]
+            out.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(out)
 
 
