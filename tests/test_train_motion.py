@@ -91,6 +91,21 @@ def test_the_loss_goes_down_and_nothing_but_the_motion_learns(videos: Path, tmp_
     assert all("motion_modules" in name for name in changed)
 
 
+def test_held_out_videos_are_filmed_and_nothing_changes_by_it(videos: Path, tmp_path: Path) -> None:
+    watched = run(options(videos, tmp_path / "watched", steps=4, validate_every=2, shown_steps=2))
+    watched.train()
+    for step in (2, 4):
+        sheet = cv2.imread(str(tmp_path / "watched" / f"validation-{step}.png"))
+        assert sheet is not None
+        assert sheet.shape == (2 * 16, 6 * 16, 3), "the true frames, and below them those that were made"
+        assert np.array_equal(sheet[:16, :16], sheet[16:, :16]), "both begin with the first frame"
+    plain = run(options(videos, tmp_path / "plain", steps=4, validate_every=2, shown=0))
+    plain.train()
+    assert not list((tmp_path / "plain").glob("validation-*"))
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(watched)[name]), f"{name} was changed by looking"
+
+
 def test_the_predictor_can_be_trained_alone(videos: Path, tmp_path: Path) -> None:
     going = run(options(videos, tmp_path, steps=1, what="predictor"))
     assert all(name.startswith("predictor") or "motion.predictor" in name for name in weights(going))

@@ -91,6 +91,7 @@ def add_film_commands(
         ("held-out", int, 8, "videos for validation"),
         ("save-every", int, 500, "steps between checkpoints"),
         ("validate-every", int, 1000, "steps between validations"),
+        ("shown", int, 4, "held-out videos that a validation films from their first and last frame"),
         ("seed", int, 0, "of everything that is drawn"),
     ):
         train.add_argument(f"--{name}", type=kind, default=default, help=f"{words} (default {default})")
@@ -327,6 +328,7 @@ def run_train(args: argparse.Namespace) -> None:
         held_out=args.held_out,
         save_every=args.save_every,
         validate_every=args.validate_every,
+        shown=args.shown,
         seed=args.seed,
         precision=args.precision,
         what="predictor" if args.only_predictor else "both",

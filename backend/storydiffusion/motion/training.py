@@ -10,6 +10,7 @@ goes on from its last checkpoint gives the weights of one that was not. A checkp
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import json
@@ -19,6 +20,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ from storydiffusion.conditioning import encode_prompt
 from storydiffusion.errors import ModelError, PlanError, StoryDiffusionError
 from storydiffusion.motion.parts import Motion
 from storydiffusion.motion.predictor import SemanticMotionPredictor, frame_times
+from storydiffusion.motion.transition import Stretch, between
+from storydiffusion.pictures import png_bytes, write_atomically
 from storydiffusion.references import Picture, resized
+from storydiffusion.run import Settings
 from storydiffusion.video import read_film
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif", ".apng")
@@ -58,6 +63,8 @@ class Options:
         alone: share of the steps without predicted tokens, so that the motion module stands alone too.
         held_out: videos that are not trained on and that validation uses.
         validate_every, save_every: steps.
+        shown: of the videos held out, how many are filmed from their first and last frame at a validation, and in
+            how many steps: `validation-STEP.png`.
         what: 'predictor' leaves the motion module as it is, as suits public weights.
     """
 
@@ -76,6 +83,8 @@ class Options:
     alone: float = 0.1
     held_out: int = 8
     validate_every: int = 1000
+    shown: int = 4
+    shown_steps: int = 25
     save_every: int = 500
     keep: int = 2
     ema: float = 0.9999
@@ -219,7 +228,8 @@ class Run:
         for part in (pipe.vae, pipe.text_encoder, motion.encoder):
             part.requires_grad_(False).to(self.accelerator.device)
         self.ema.to(self.accelerator.device)
-        self.scheduler = motion.scheduler or pipe.scheduler
+        # of its own: sampling validation films sets the other's timesteps
+        self.scheduler = copy.deepcopy(motion.scheduler or pipe.scheduler)
         self.step = 0
 
     # ----------------------------------------------------------------------- batches
@@ -286,6 +296,7 @@ class Run:
             self._log(loss=total)
             if options.held_out and self.step % options.validate_every == 0:
                 self._log(validation=self.validate())
+                self.show()
             if self.step % options.save_every == 0 or self.step == options.steps:
                 self.save()
         self.export()
@@ -295,6 +306,27 @@ class Run:
         """The loss on the held-out videos, always at the same noise."""
         losses = [self._loss([video], f"validation {video.path.name}", 1, False).item() for video in self.validation]
         return float(np.mean(losses))
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Films held-out videos with the averaged weights: each under the true one, from left to right, in
+        `validation-STEP.png`."""
+        options = self.options
+        if not self.accelerator.is_main_process or not options.shown:
+            return
+        settings = Settings(
+            width=options.width, height=options.height, num_inference_steps=options.shown_steps, plan=None
+        )
+        rows: list[Picture] = []
+        with self._averaged():
+            for video in self.validation[: options.shown]:
+                truth = cut(video.path, options, random.Random(f"shown {video.path.name}"))
+                last = len(truth) - 1
+                stretch = Stretch(video.path.stem, len(truth), {0: truth[0], last: truth[last]}, prompt=video.caption)
+                made = between(self.pipe, self.motion, stretch, settings)
+                seen = np.unique(np.linspace(0, last, 8).round().astype(int))
+                rows += [np.concatenate([film[i] for i in seen], 1) for film in (truth, made)]
+        write_atomically(options.output / f"validation-{self.step}.png", png_bytes(np.concatenate(rows)))
 
     def _log(self, **values: float) -> None:
         if not self.accelerator.is_main_process:
@@ -316,7 +348,17 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must have been trained with to be gone on from."""
         same = asdict(self.options)
-        for name in ("data", "output", "steps", "save_every", "validate_every", "keep", "held_out"):
+        for name in (
+            "data",
+            "output",
+            "steps",
+            "save_every",
+            "validate_every",
+            "shown",
+            "shown_steps",
+            "keep",
+            "held_out",
+        ):
             del same[name]
         return same
 
@@ -374,13 +416,19 @@ class Run:
         """The averaged weights as `motion_adapter/` and `predictor/`, each whole or not at all."""
         if not self.accelerator.is_main_process:
             return
+        with self._averaged() as learner:
+            self._replace("motion_adapter", adapter_of(learner.unet))
+            self._replace("predictor", learner.predictor)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Learner]:
+        """The averaged weights in place of the ones that learn."""
         learner = self.accelerator.unwrap_model(self.learner)
         learned = learner.learned()
         self.ema.store(learned)
         self.ema.copy_to(learned)
         try:
-            self._replace("motion_adapter", adapter_of(learner.unet))
-            self._replace("predictor", learner.predictor)
+            yield learner
         finally:
             self.ema.restore(learned)
 
