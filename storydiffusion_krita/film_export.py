@@ -134,14 +134,17 @@ class FilmExport:
             draft = path.with_name(f".{path.name}.part")
             try:
                 draft.write_bytes(content)
-                draft.replace(path)
+                if self.work is work:
+                    draft.replace(path)
+                else:  # cancelled by now
+                    draft.unlink()
             except OSError as error:
                 draft.unlink(missing_ok=True)
                 return Failure("disk_full", tr("The film could not be written: {reason}.", reason=str(error)))
             return None
 
         def done(failure: Failure | None) -> None:
-            if self.work is not work:  # another film has been asked for
+            if self.work is not work:  # cancelled, or another film has been asked for
                 return
             if failure is None:
                 self._controller.notice = tr("The film was written to {path}.", path=str(path))

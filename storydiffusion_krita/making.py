@@ -108,7 +108,7 @@ class PanelMaking:
 
         def failed() -> None:  # a mistake, to be seen; but the docker does not wait for what will not come
             for panel_id in wanted:
-                self.failures[panel_id] = Failure("error", tr("The panels' pictures could not be read."))
+                self.failures[panel_id] = Failure("error", tr("The request could not be put together."))
             self._end(key)
 
         in_turns(controller.defer, steps(), lambda: key in self._running, failed)
@@ -241,8 +241,9 @@ class PanelMaking:
             self._remember_looks(order.panels)
 
         def failed() -> None:
-            self.failures[placing] = Failure("error", tr("The picture could not be put into the document."))
-            self._end(told.key)
+            if told.key in self._running:  # not where only what comes after the last picture went wrong
+                self.failures[placing] = Failure("error", tr("The picture could not be put into the document."))
+                self._end(told.key)
 
         self._controller.document.remove_previews()
         in_turns(self._controller.defer, steps(), lambda: told.key in self._running, failed)
@@ -307,9 +308,7 @@ class PanelMaking:
     # ----------------------------------------------------------------------- the docker's last line
 
     def progress(self) -> Progress:
-        """Of the job that is first; what it shows is nothing when there is none."""
-        if not self._running:
-            return Progress("")
+        """Of the job that is first; there is one."""
         key, running = next(iter(self._running.items()))
         works = [work for work in self.work.values() if work.key == key]
         sampling = [work for work in works if work.state == "sampling"]

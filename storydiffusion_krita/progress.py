@@ -17,6 +17,7 @@ STATES = {
     "loading": "loading",
     "started": "loading",
     "step": "sampling",
+    "panel": "placing",
 }
 
 

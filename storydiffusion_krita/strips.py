@@ -99,12 +99,14 @@ class Strips:
         # what the panels looked like when they were last looked at, by their group
         self._looks: dict[str, str] = {}
         self._turn = 0
+        # a new one for every time that all are asked for, None when they have been
+        self._all: object | None = None
 
     # ----------------------------------------------------------------------- what there is
 
     @property
     def working(self) -> bool:
-        return bool(self._work) or self.film.work is not None
+        return bool(self._work) or self._all is not None or self.film.work is not None
 
     def next_of(self, panel: Panel) -> Panel | None:
         panels = self._controller.story.panels
@@ -141,8 +143,9 @@ class Strips:
         strip, following = panel.strip, self.next_of(panel)
         if following is None:
             return ""
+        # one that was not looked at yet counts as unchanged
         looks = [self._looks.get(one.group, end) for one, end in zip((panel, following), strip.ends, strict=False)]
-        if strip.to != following.id or strip.ends != looks:
+        if strip.to != following.id or len(looks) != 2 or strip.ends != looks:
             return tr("a panel has changed since this was made")
         if len(strip.placed) != strip.frames:
             return tr("made with {count} frames", count=len(strip.placed))
@@ -172,17 +175,18 @@ class Strips:
         layers = self.layers()
         self.shown = any(self._controller.layers[layer].visible for layer in layers)
         panels = self._controller.story.panels
-        ends = [one for pair in itertools.pairwise(panels) if self.made(pair[0]) for one in pair]
-        if ends:
+        ends = {one.id: one for pair in itertools.pairwise(panels) if self.made(pair[0]) for one in pair}
+        if ends:  # the one the artist is on every other time, the rest in turn
             self._turn += 1
-            self._look(ends[self._turn % len(ends)])
+            selected = ends.get(next(iter(self._controller.selected), ""))
+            self._look(selected if selected and self._turn % 2 else list(ends.values())[self._turn // 2 % len(ends)])
 
     def _look(self, panel: Panel) -> str:
         """What a panel looks like now; the ways that it ends are shown anew where that has changed."""
         look = self._controller.document.look(panel.group)
-        if self._looks.get(panel.group) != look:
+        panels = self._controller.story.panels
+        if self._looks.get(panel.group) != look and panel in panels:
             self._looks[panel.group] = look
-            panels = self._controller.story.panels
             at = panels.index(panel)
             for one in panels[max(0, at - 1) : at + 1]:
                 self._controller.changed("panel", one.id)
@@ -228,6 +232,10 @@ class Strips:
     def make_all(self) -> None:
         """Every way that is not made, or not any more what its panels are."""
 
+        if self._all is not None:
+            return
+        token = self._all = object()
+
         def steps() -> Steps:
             for panel in list(self._controller.story.panels):
                 if self._controller.story.panel(panel.id) is not panel:
@@ -239,8 +247,17 @@ class Strips:
                 if self.exists(panel) and (not self.made(panel) or self._stale(panel)):
                     self.make(panel.id)
                 yield
+            done()
 
-        in_turns(self._controller.defer, steps(), self._controller.document.is_open, lambda: None)
+        def done() -> None:
+            if self._all is token:
+                self._all = None
+                self._controller.changed("progress", "")
+
+        def wanted() -> bool:
+            return self._all is token and self._controller.document.is_open()
+
+        in_turns(self._controller.defer, steps(), wanted, done)
 
     def _run(self, making: _Making, steps: Steps) -> None:
         """One step a turn of the event loop, as long as nobody has cancelled."""
@@ -329,6 +346,7 @@ class Strips:
     def cancel(self, panel_id: str = "") -> None:
         """Stops the making of a strip, or of all and of a film."""
         if not panel_id:
+            self._all = None
             self.film.cancel()
         for making in list(self._making.values()):
             if panel_id in ("", making.panel):

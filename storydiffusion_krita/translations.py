@@ -42,7 +42,7 @@ JAPANESE = {
     "Backend and plugin are of different versions.": "バックエンドとプラグインのバージョンが合いません。",
     "Update the older one: the backend says {version}.": "古いほうを更新してください。バックエンドは {version} です。",
     "The backend refused this (HTTP {status}).": "バックエンドに拒否されました (HTTP {status})。",
-    "The panels' pictures could not be read.": "コマの画像を読み取れませんでした。",
+    "The request could not be put together.": "リクエストを作成できませんでした。",
     "The picture could not be put into the document.": "絵をドキュメントに入れられませんでした。",
     "The result arrived damaged.": "受け取った結果が壊れています。",
     "Make it again.": "もう一度生成してください。",

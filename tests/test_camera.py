@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from storydiffusion.errors import Cancelled
+from storydiffusion.motion import transition
 from storydiffusion.motion.camera import Camera, camera_between
 from storydiffusion.motion.transition import Stretch, between
 from storydiffusion.references import Picture
@@ -47,28 +49,36 @@ def error(a: Picture, b: Picture) -> float:
     ("first", "last"),
     [
         ((20, 40, 1), (140, 40, 1)),
-        ((200, 60, 1), (90, 20, 1)),
+        ((200, 60, 1), (90, 52, 1)),
         ((40, 40, 1), (90, 80, 1.6)),
         ((90, 80, 1.6), (40, 40, 1)),
     ],
-    ids=["right", "left and up", "nearer", "away"],
+    ids=["right", "left and a little up", "nearer", "away"],
 )
 def test_a_pan_and_a_zoom_are_found_and_filmed(first: tuple[float, ...], last: tuple[float, ...]) -> None:
     start, end = seen(*first), seen(*last)
     camera = camera_between(start, end)
     assert camera is not None
     half = [a + 0.5 * (b - a) for a, b in zip(first[:2], last[:2], strict=True)]
-    truth = seen(half[0], half[1], (first[2] * last[2]) ** 0.5)
+    zoom = (first[2] * last[2]) ** 0.5
+    if first[2] != last[2]:  # half way in zoom is not half way of the edge
+        way = (1 - (first[2] / last[2]) ** 0.5) / (1 - first[2] / last[2])
+        half = [a + way * (b - a) for a, b in zip(first[:2], last[:2], strict=True)]
+    truth = seen(half[0], half[1], zoom)
     made = camera.view(start, end, 0.5)
     assert error(made, truth) < 0.2 * min(error(start, truth), error(end, truth))
     assert error(camera.view(start, end, 0.0), start) < 1
     assert error(camera.view(start, end, 1.0), end) < 2.5
 
 
-def test_edges_move_evenly_and_the_zoom_by_the_same_factor() -> None:
-    places = Camera(40, 20, 4.0).places(0.5, (SIDE, SIDE, 3))[0]
-    assert places[0, 0].tolist() == [20, 10]
-    assert np.allclose(places[0, 1] - places[0, 0], [0.5, 0])
+def test_a_pan_is_even_and_a_zoom_keeps_the_point_it_leads_to() -> None:
+    pan = Camera(40, 20, 1.0).places(0.25, (SIDE, SIDE, 3))[0]
+    assert pan[0, 0].tolist() == [10, 5]
+    middle = Camera(SIDE * 3 / 8, SIDE * 3 / 8, 4.0)  # on the middle of the picture
+    for progress in (0.25, 0.5, 1.0):
+        places = middle.places(progress, (SIDE, SIDE, 3))[0]
+        assert np.allclose(places[SIDE // 2, SIDE // 2], [SIDE / 2] * 2, atol=0.01)
+        assert np.allclose(places[0, 1] - places[0, 0], [4**-progress, 0], atol=1e-3)
 
 
 def test_somebody_who_walks_past_is_no_move_of_the_camera() -> None:
@@ -82,6 +92,10 @@ def test_who_moves_while_the_camera_does_is_more_than_a_move_of_the_camera() -> 
     start, end = seen(60, 60), seen(120, 60)
     start[80:220, 40:120], end[80:220, 170:250] = (240, 220, 40), (240, 220, 40)
     assert camera_between(start, end) is None
+
+
+def test_a_move_past_what_no_picture_shows_is_not_filmed() -> None:
+    assert camera_between(seen(20, 20), seen(150, 140)) is None, "two corners half way are in neither picture"
 
 
 @pytest.mark.parametrize("last", [(60, 60), (330, 150)], ids=["the same", "elsewhere"])
@@ -102,12 +116,21 @@ def test_a_stretch_that_is_a_move_of_the_camera_is_filmed_and_not_invented() -> 
     camera = camera_between(start, end)
     assert camera is not None
     for frame in (1, 2, 3):
-        assert np.array_equal(made[frame], camera.view(start, end, (0, 0.15625, 0.5, 0.84375)[frame])), (
-            "it starts and stops gently"
-        )
-    assert (told[-1].step, told[-1].steps) == (1, 1)
-    small = replace(settings, width=32, height=32)
-    asked = Stretch("a-b", 4, {0: start, 3: end}, prompt="she jumps")
-    with_words = between(pipe, motion, asked, small, told.append)
-    assert len(with_words) == 4
-    assert told[-1].step == small.num_inference_steps
+        assert np.array_equal(made[frame], camera.view(start, end, frame / 4))
+    assert [(one.step, one.steps) for one in told] == [(1, 3), (2, 3), (3, 3)]
+    eased = between(pipe, motion, replace(asked, easing="smooth"), settings)
+    assert np.array_equal(eased[1], camera.view(start, end, 0.15625)), "time passes as it was asked to"
+    with pytest.raises(Cancelled):
+        between(pipe, motion, asked, settings, cancel=lambda: True)
+
+
+def test_words_ask_for_more_than_a_move_of_the_camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_sd15()
+    motion = tiny_motion(pipe)
+    settings = Settings(width=32, height=32, num_inference_steps=2, plan=None)
+    monkeypatch.setattr(transition, "camera_between", lambda first, last: Camera(8.0, 0.0, 1.0))
+    asked = Stretch("a-b", 4, {0: seen(20, 40), 3: seen(120, 40)})
+    for words, steps in (("", [(1, 2), (2, 2)]), ("she jumps", [(0, 2), (1, 2), (2, 2)])):
+        told: list[Progress] = []
+        between(pipe, motion, replace(asked, prompt=words), settings, told.append)
+        assert [(one.step, one.steps) for one in told] == steps

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
 from storydiffusion.references import Picture
-from training import clips, evaluate_motion
-from training.evaluate_motion import MEASURES, Row, crossfade, differences, flow_warp, interval
+from training import captions, clips, evaluate_motion
+from training.evaluate_motion import MEASURES, Kept, Row, crossfade, differences, flow_warp, interval
 
 
 def ball(x: int) -> Picture:
@@ -75,3 +77,20 @@ def test_captions_of_a_clip_say_what_happens_in_it() -> None:
     told = [clips.caption(jump.frames[8], random.Random(i)) for i in range(40)]
     assert any("jump" in one for one in told)
     assert not any("jump" in clips.caption(jump.frames[0], random.Random(i)) for i in range(40))
+    run = clips.clip(5, "run")
+    for frame in run.frames:  # with closed feet too
+        assert not any("stand" in clips.caption(frame, random.Random(i)) for i in range(20))
+    travel = clips.clip(5, "travel")
+    later = travel.frames[-1].later
+    assert later is not None
+    place = captions.PLACE_WORDS[later.cells[0].place]
+    assert any(word in clips.caption(travel.frames[-1], random.Random(i)) for i in range(40) for word in place)
+
+
+def test_figures_of_clips_are_kept_and_not_gone_on_from_with_other_weights(tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    Kept(file, "these").put("rife", 3, {"corrupted": 0.5})
+    assert Kept(file, "these").get("rife", 3) == {"corrupted": 0.5}
+    assert Kept(file, "these").get("rife", 4) is None
+    assert Kept(file, "others").get("rife", 3) is None
+    assert Kept(None, "these").get("rife", 3) is None

@@ -88,6 +88,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--rows", help="comma-separated row names (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     evaluate.add_argument("--pictures", type=Path, metavar="DIR", help="write contact sheets here")
+    evaluate.add_argument(
+        "--keep", type=Path, metavar="FILE", help="keep each clip's figures here, to go on after a stop"
+    )
     evaluate.add_argument("--model", help="folder of a storyworld model")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -393,7 +396,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     quiet_libraries()
     rows = args.rows.split(",") if args.rows else None
     if args.what == "transitions":
-        evaluate_transitions(args.clips, rows, args.json, args.pictures, args.model)
+        evaluate_transitions(args.clips, rows, args.json, args.pictures, args.model, keep=args.keep)
         return
     evaluate_consistency(stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model)
 

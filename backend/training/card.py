@@ -126,11 +126,14 @@ def motion_figures(path: Path) -> str:
             found = row if values is None else row[values]
             cells = []
             for name in MOTION_MEASURES:
-                value = found.get(name, row.get(name))
+                value = found.get(name, row[name] if name in ("seconds", "peak_memory_mb") else None)
+                if value is None:
+                    cells.append("")
+                    continue
                 low_high = row[spread].get(name) if name in row[spread] else None
                 cells.append(f"{value:.3g}" + (f" ({low_high[0]:.3g} to {low_high[1]:.3g})" if low_high else ""))
             out.append("| " + " | ".join([row["name"], *cells]) + " |")
-    for title, kept in (("all clips", "all"), ("large motions", "large")):
+    for title, kept in (("all clips", "all"), ("large motions", "large")) if rows[-1].get("differences") else ():
         out += ["", f"`{rows[-1]['name']}` less each other row, clip by clip, {title}:", ""]
         out += ["| | " + " | ".join(COMPARED) + " |", "|---" * (len(COMPARED) + 1) + "|"]
         for name, by in rows[-1].get("differences", {}).items():

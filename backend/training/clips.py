@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from storydiffusion.motion.camera import way_of
 from training import captions, fields, world
 from training.data import HELD_OUT
 from training.world import Figure, Scene, View
@@ -90,10 +91,13 @@ def trajectory(clip: Clip) -> list[tuple[float, float]]:
 
 
 def caption(frame: Frame, rng: random.Random) -> str:
-    """A frame in words; a figure on its way into a pose is said to be in the nearer one."""
-    figure = frame.scene.cells[0].figures[0]
-    action = figure.then if figure.then and figure.phase >= 0.5 else figure.action
-    return captions.describe(_with(frame.scene, action=action, then="", facing=1), rng).text
+    """A frame in words: of two scenes the one that is seen more; a figure on its way into a pose is said to be in the
+    nearer one, and one whose feet are closed between two steps still walks."""
+    scene = frame.later if frame.later is not None and frame.blend >= 0.5 else frame.scene
+    figure = scene.cells[0].figures[0]
+    walks = figure.action == "walking" and figure.then == "standing"
+    action = figure.then if figure.then and figure.phase >= 0.5 and not walks else figure.action
+    return captions.describe(_with(scene, action=action, then="", facing=1), rng).text
 
 
 # --------------------------------------------------------------------------- motions
@@ -217,11 +221,12 @@ def _camera(rng: random.Random, scene: Scene, figure: Figure, *, zooming: bool) 
 
     def at(t: float) -> Frame:
         k = eased(t)
-        zoomed: float = far.zoom * (near.zoom / far.zoom) ** k
-        side = world.SIZE / zoomed
+        nearer = near.zoom / far.zoom
+        zoomed: float = far.zoom * nearer**k
+        side, way = world.SIZE / zoomed, way_of(nearer, k)
 
         def edge(a: float, b: float, full: float) -> float:
-            return min(max(a + (b - a) * k, 0), full - side)
+            return min(max(a + (b - a) * way, 0), full - side)
 
         return Frame(scene, View(edge(far.left, near.left, world.SIZE), edge(far.top, near.top, world.SIZE), zoomed))
 

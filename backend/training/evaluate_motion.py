@@ -20,6 +20,7 @@ of the differences, with its interval, under `differences`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -184,6 +185,28 @@ def _known(rows: Sequence[dict[str, float]], measure: str) -> list[float]:
     return [one[measure] for one in rows if not np.isnan(one[measure])]
 
 
+class Kept:
+    """Figures of single clips, in a file, so that a long run that was stopped goes on.
+
+    Args:
+        file: holds them; None keeps nothing.
+        made_with: what they depend on; what was made with anything else is not gone on from.
+    """
+
+    def __init__(self, file: Path | None, made_with: str) -> None:
+        self._file, self._made_with = file, made_with
+        told = json.loads(file.read_text()) if file is not None and file.exists() else {}
+        self._rows: dict[str, dict[str, dict[str, float]]] = told["rows"] if told.get("with") == made_with else {}
+
+    def get(self, row: str, clip: int) -> dict[str, float] | None:
+        return self._rows.get(row, {}).get(str(clip))
+
+    def put(self, row: str, clip: int, found: dict[str, float]) -> None:
+        self._rows.setdefault(row, {})[str(clip)] = found
+        if self._file is not None:
+            write_atomically(self._file, json.dumps({"with": self._made_with, "rows": self._rows}).encode())
+
+
 def measure_row(
     name: str,
     maker: Maker,
@@ -191,15 +214,21 @@ def measure_row(
     drawn: Sequence[list[Picture]],
     ruler: Ruler,
     folder: Path | None,
+    kept: Kept | None = None,
 ) -> Row:
     found: list[dict[str, float]] = []
-    seconds = 0.0
     with peak_memory() as peak:
         for number, (clip, truth) in enumerate(tqdm(list(zip(chosen, drawn, strict=True)), desc=name, leave=False)):
+            known = kept.get(name, number) if kept is not None else None
+            if known is not None:
+                found.append(known)
+                continue
             started = time.perf_counter()
             made = maker(truth[0], truth[-1], len(truth), number)
-            seconds += time.perf_counter() - started
-            found.append(ruler.measure(made, truth, clips.trajectory(clip)))
+            seconds = time.perf_counter() - started
+            found.append({**ruler.measure(made, truth, clips.trajectory(clip)), "seconds": seconds, "mb": peak[0]})
+            if kept is not None:
+                kept.put(name, number, found[-1])
             if folder is not None and number < 2 * len(clips.MOTIONS):
                 strip = np.concatenate([np.concatenate(row[::3], 1) for row in (truth, made)])
                 write_atomically(folder / f"{number:02d}-{clip.motion}-{name}.png", png_bytes(strip))
@@ -215,8 +244,8 @@ def measure_row(
     return Row(
         name,
         len(found),
-        round(seconds / max(1, len(found)), 2),
-        round(peak[0]),
+        round(float(np.mean([one["seconds"] for one in found])), 2),
+        round(max(one["mb"] for one in found)),
         means(found),
         intervals(found),
         means(large),
@@ -242,6 +271,14 @@ def differences(row: Row, other: Row, chosen: Sequence[clips.Clip]) -> dict[str,
 ROWS = ("crossfade", "flow-warp", "rife", "motion-only", "linear", "predictor")
 
 
+def _made_with(motion: Path, settings: Settings) -> str:
+    """16 hexadecimal digits of what frames depend on besides the code: the motion parts' weights and the settings."""
+    digest = hashlib.blake2b(str(settings).encode(), digest_size=8)
+    for file in sorted(motion.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def evaluate_transitions(
     count: int = 100,
     rows: Sequence[str] | None = None,
@@ -249,6 +286,7 @@ def evaluate_transitions(
     pictures: Path | None = None,
     model: str | None = None,
     steps: int | None = None,
+    keep: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Print the table; returns its rows as `--json` writes them.
 
@@ -268,6 +306,7 @@ def evaluate_transitions(
     settings = replace(story_settings(), plan=None)
     settings = replace(settings, num_inference_steps=steps or load_catalogue()["storyworld"].film_steps)
     ruler = Ruler(motion)
+    kept = Kept(keep, _made_with(motion_folder(path), settings))
     chosen = clips.held_out(count)
     drawn = [[clips.draw(frame) for frame in clip.frames] for clip in tqdm(chosen, desc="drawing", leave=False)]
     makers: dict[str, Callable[[], Maker]] = {
@@ -290,7 +329,7 @@ def evaluate_transitions(
                 raise
             print(f"rife         left out: {error}")
             continue
-        row = measure_row(name, maker, chosen, drawn, ruler, pictures)
+        row = measure_row(name, maker, chosen, drawn, ruler, pictures, kept)
         measured.append(row)
         for label, means, spread in ((name, row.measures, row.interval), ("  large", row.large, row.large_interval)):
             if means:
@@ -302,7 +341,8 @@ def evaluate_transitions(
         told[-1]["differences"] = compared
         if json_file:
             write_atomically(json_file, json.dumps({"rows": told}, indent=1).encode())
-    print(f"\n{measured[-1].name}, clip by clip:")
+    if compared:
+        print(f"\n{measured[-1].name}, clip by clip:")
     for name, of in compared.items():
         for label, values in of.items():
             off = {m: values[m] for m in COMPARED if m in values}

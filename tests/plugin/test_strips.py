@@ -197,6 +197,37 @@ def test_a_panel_painted_just_now_is_seen_when_all_ways_are_made(scene: Scene) -
     assert [order.panels for order in scene.desk.orders[before:]] == [("p3-p4",)]
 
 
+def test_all_ways_can_be_stopped_before_all_have_begun(scene: Scene) -> None:
+    before = len(scene.desk.orders)
+    scene.controller.strips.make_all()
+    assert scene.controller.strips.working
+    scene.turns.run(1)
+    scene.controller.cancel()
+    scene.turns.run()
+    assert len(scene.desk.orders) == before
+    assert not scene.controller.working
+
+
+def test_a_mistake_while_the_film_is_read_is_told_and_the_canvas_is_as_it_was(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(scene, 0)
+    scene.document.seek(3)
+
+    def broken() -> str:
+        raise RuntimeError("no canvas")
+
+    monkeypatch.setattr(scene.document, "canvas", broken)
+    scene.controller.strips.film.start(str(tmp_path / "film.mp4"))
+    with pytest.raises(RuntimeError):
+        scene.turns.run()
+    failure = scene.controller.strips.film.failure
+    assert failure is not None
+    assert "could not be read" in failure.sentence
+    assert scene.document.now == 3
+    assert not scene.controller.working
+
+
 def test_rows_are_shown_without_asking_the_document_how_panels_look(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

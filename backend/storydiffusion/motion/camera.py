@@ -3,9 +3,9 @@
 Where the second picture is the first one seen from elsewhere, nothing between them has to be invented: the frames
 are both pictures, panned and zoomed to where the camera is by then, as sharp as they were painted.
 
-The move is found by matched features (SIFT, Lowe 2004) and a similarity without rotation fitted to them by RANSAC;
-it counts only where it explains the pictures much better than standing still does. Somebody who walks past a
-camera that stands is no camera move, whatever the features on them say.
+The move is found by matched features (SIFT, Lowe 2004) and a similarity fitted to them by RANSAC, which may hardly
+turn; it counts only where it explains the pictures much better than standing still does, and where the two show all
+that lies between. Somebody who walks past a camera that stands is no camera move, whatever the features on them say.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ MATCHES, LEAST, OVERLAP, UNEXPLAINED, BETTER = 5, 0.02, 0.2, 0.035, 0.25
 #: Pixels that differ by more than this (8-bit levels, both blurred by so many pixels: one may be a magnified view)
 #: show something else.
 TOLERANCE, BLUR = 16.0, 1.5
-#: Radians; a camera that rolls is none that is known here. Pixels over which one picture fades into the other.
-MOST_TURN, SEAM = 0.02, 6.0
+#: Radians; a camera that rolls is none that is known here. Pixels over which one picture fades into the other. How much
+#: of the view half way has to be in one of the pictures.
+MOST_TURN, SEAM, SHOWN = 0.02, 6.0, 0.99
+#: Features a picture gives at most, and how much better than the second best a match has to be (Lowe's ratio test).
+FEATURES, RATIO = 800, 0.8
 
 
 def grid(shape: tuple[int, ...]) -> Floats:
@@ -49,6 +52,12 @@ def inside(places: Floats) -> Floats:
     return np.asarray((x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5), np.float32)
 
 
+def way_of(zoom: float, progress: float) -> float:
+    """How far the edges of a view have come, 0 to 1, while it gets `zoom` times nearer by the same factor every moment
+    and the point that it leads to stays where it is."""
+    return progress if abs(zoom - 1) < 1e-3 else (1 - zoom**-progress) / (1 - 1 / zoom)
+
+
 @dataclass(frozen=True)
 class Camera:
     """A move from the whole first picture to a part of it, or beyond it: its left and top edge, pixels of the first
@@ -61,9 +70,10 @@ class Camera:
     def places(self, progress: float, shape: tuple[int, ...]) -> tuple[Floats, Floats]:
         """Where the pixels of the view at `progress` (0 to 1) are in the first and in the last picture.
 
-        Edges move evenly and the zoom grows by the same factor every moment, as a lens does it."""
+        The zoom grows by the same factor every moment, and the point that it leads to stays where it is, as with a
+        lens; without a zoom the view moves evenly."""
         edge = np.array([self.left, self.top], np.float32)
-        first = grid(shape) / np.float32(self.zoom**progress) + edge * np.float32(progress)
+        first = grid(shape) / np.float32(self.zoom**progress) + edge * np.float32(way_of(self.zoom, progress))
         return first, (first - edge) * np.float32(self.zoom)
 
     def view(self, first: Picture, last: Picture, progress: float) -> Picture:
@@ -93,7 +103,8 @@ def camera_between(first: Picture, last: Picture) -> Camera | None:
         return None
     places = move.places(1.0, first.shape)[0]
     sight = inside(places) > 0
-    if sight.mean() < OVERLAP:
+    half = np.maximum(*(inside(one) for one in move.places(0.5, first.shape)))
+    if sight.mean() < OVERLAP or half.mean() < SHOWN:
         return None
     moved, stood = (_otherwise(one, last)[sight].mean() for one in (warp(first, places), first.astype(np.float32)))
     return move if moved < min(UNEXPLAINED, BETTER * stood) else None
@@ -101,14 +112,13 @@ def camera_between(first: Picture, last: Picture) -> Camera | None:
 
 def _matched(first: Picture, last: Picture) -> Camera | None:
     """The move that the most features agree on."""
-    sift = cv2.SIFT.create(800)
+    sift = cv2.SIFT.create(FEATURES)
     found = [sift.detectAndCompute(cv2.cvtColor(one, cv2.COLOR_RGB2GRAY), None) for one in (first, last)]  # type: ignore[call-overload]
     (points, features), (others, more) = found
     if features is None or more is None or min(len(points), len(others)) < MATCHES:
         return None
-    # a match counts where the second best is clearly worse (Lowe's ratio test)
     matches = [pair[0] for pair in cv2.BFMatcher().knnMatch(features, more, k=2)
-               if len(pair) == 2 and pair[0].distance < 0.8 * pair[1].distance]  # fmt: skip
+               if len(pair) == 2 and pair[0].distance < RATIO * pair[1].distance]  # fmt: skip
     if len(matches) < MATCHES:
         return None
     here = np.array([points[one.queryIdx].pt for one in matches], np.float32)
@@ -117,9 +127,12 @@ def _matched(first: Picture, last: Picture) -> Camera | None:
     if matrix is None or agreed.sum() < MATCHES:
         return None
     scale, turn = float(np.hypot(matrix[0, 0], matrix[1, 0])), float(np.arctan2(matrix[1, 0], matrix[0, 0]))
-    if abs(turn) > MOST_TURN or scale <= 0:
+    if abs(turn) > MOST_TURN:
         return None
-    return Camera(float(matrix[0, 2]), float(matrix[1, 2]), 1 / scale)
+    # fitted once more without the turn, which would move the edge
+    inliers = agreed[:, 0] > 0
+    left, top = here[inliers].mean(0) - scale * there[inliers].mean(0)
+    return Camera(float(left), float(top), 1 / scale)
 
 
 def _otherwise(a: Floats, b: Picture) -> NDArray[np.bool_]:

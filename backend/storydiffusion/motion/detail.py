@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from storydiffusion.motion.camera import grid, inside, warp
+from storydiffusion.motion.camera import Floats, grid, inside, warp
 from storydiffusion.references import Picture
 
 #: How far two decodings may differ and still show the same, 8-bit levels, after a blur of this many pixels.
@@ -28,8 +27,6 @@ REACH, SMALLER, DOUBT = 20.0, 4, 200.0
 TINT = 90.0
 #: It is fitted so often, each time without what it does not explain by about so many levels.
 ROUNDS, OUTLIER = 3, 25.0
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

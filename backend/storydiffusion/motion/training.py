@@ -40,7 +40,7 @@ from storydiffusion.motion.predictor import SemanticMotionPredictor, frame_times
 from storydiffusion.motion.transition import Stretch, between
 from storydiffusion.pictures import png_bytes, write_atomically
 from storydiffusion.references import Picture, resized
-from storydiffusion.run import Settings
+from storydiffusion.run import Settings, check_size
 from storydiffusion.video import read_film
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif", ".apng")
@@ -218,6 +218,11 @@ class Run:
                 f"{options.held_out} of {len(videos)} videos would be held out.", "Hold out fewer, or add videos."
             )
         self.pipe, self.motion, self.options = pipe, motion, options
+        self._shown = Settings(
+            width=options.width, height=options.height, num_inference_steps=options.shown_steps, plan=None
+        )
+        if options.shown and options.held_out:
+            check_size(pipe, self._shown)
         self.validation, self.videos = videos[: options.held_out], videos[options.held_out :]
         self.accelerator = Accelerator(mixed_precision=options.precision, cpu=not torch.cuda.is_available())
         set_seed(options.seed)
@@ -294,11 +299,11 @@ class Run:
             self.ema.step(self.accelerator.unwrap_model(self.learner).learned())
             self.step += 1
             self._log(loss=total)
+            if self.step % options.save_every == 0 or self.step == options.steps:
+                self.save()
             if options.held_out and self.step % options.validate_every == 0:
                 self._log(validation=self.validate())
                 self.show()
-            if self.step % options.save_every == 0 or self.step == options.steps:
-                self.save()
         self.export()
 
     @torch.no_grad()
@@ -312,18 +317,15 @@ class Run:
         """Films held-out videos with the averaged weights: each under the true one, from left to right, in
         `validation-STEP.png`."""
         options = self.options
-        if not self.accelerator.is_main_process or not options.shown:
+        if not self.accelerator.is_main_process or options.shown < 1:
             return
-        settings = Settings(
-            width=options.width, height=options.height, num_inference_steps=options.shown_steps, plan=None
-        )
         rows: list[Picture] = []
         with self._averaged():
             for video in self.validation[: options.shown]:
                 truth = cut(video.path, options, random.Random(f"shown {video.path.name}"))
                 last = len(truth) - 1
                 stretch = Stretch(video.path.stem, len(truth), {0: truth[0], last: truth[last]}, prompt=video.caption)
-                made = between(self.pipe, self.motion, stretch, settings)
+                made = between(self.pipe, self.motion, stretch, self._shown)
                 seen = np.unique(np.linspace(0, last, 8).round().astype(int))
                 rows += [np.concatenate([film[i] for i in seen], 1) for film in (truth, made)]
         write_atomically(options.output / f"validation-{self.step}.png", png_bytes(np.concatenate(rows)))

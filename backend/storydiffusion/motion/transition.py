@@ -60,7 +60,7 @@ class Stretch:
         prompt: what happens, in words; may be empty.
         seed: of its noise.
         easing: how time passes between two keyframes.
-        way: what the frames between are made from, where more happens than a move of the camera.
+        way: what the frames between are made from; but for 'none', where more happens than a move of the camera.
     """
 
     id: str
@@ -137,7 +137,7 @@ def between(
     check_size(pipe, settings)
     size = settings.width, settings.height
     pictures = {frame: resized(picture, *size) for frame, picture in stretch.keyframes.items()}
-    pictures |= _filmed(pictures, stretch)
+    pictures |= _filmed(pictures, stretch, callback, cancel)
     runs = runs_of(sorted(pictures), min(WINDOW, motion.longest))
     asked = {frame for run in runs for frame in run} & pictures.keys()
     latents = {frame: encode_image(pipe, pictures[frame], *size).float() for frame in sorted(asked)}
@@ -154,23 +154,28 @@ def between(
             decoded[frame] = decode_latents(pipe, one[None])[0]
             near = _neighbours(frame / (stretch.frames - 1), details)
             pictures[frame] = carried(decoded[frame], frame / (stretch.frames - 1), near)
-    if callback and not runs:
-        callback(Progress(1, 1, (stretch.id,), lambda: [pictures[stretch.frames // 2]]))
     pipe.maybe_free_model_hooks()
     return [pictures[frame] for frame in range(stretch.frames)]
 
 
-def _filmed(keyframes: Mapping[int, Picture], stretch: Stretch) -> dict[int, Picture]:
+def _filmed(
+    keyframes: Mapping[int, Picture], stretch: Stretch, callback: Callback | None, cancel: Cancel
+) -> dict[int, Picture]:
     """The frames between neighbouring keyframes that a camera's move explains, where no words ask for more."""
     made: dict[int, Picture] = {}
     if stretch.prompt or stretch.way == "none":
         return made
     for a, b in itertools.pairwise(sorted(keyframes)):
+        stop_if(cancel)
         camera = camera_between(keyframes[a], keyframes[b]) if b - a > 1 else None
-        if camera is not None:
-            times = EASINGS["smooth"](torch.arange(1, b - a) / (b - a)).tolist()  # a camera starts and stops gently
-            views = [camera.view(keyframes[a], keyframes[b], time) for time in times]
-            made |= dict(zip(range(a + 1, b), views, strict=True))
+        if camera is None:
+            continue
+        times = EASINGS[stretch.easing](torch.arange(1, b - a) / (b - a)).tolist()
+        for step, time in enumerate(times, 1):
+            stop_if(cancel)
+            view = made[a + step] = camera.view(keyframes[a], keyframes[b], time)
+            if callback:
+                callback(Progress(step, len(times), (stretch.id,), lambda view=view: [view]))  # type: ignore[misc]
     return made
 
 
