@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # torch takes seconds, and `--help` none
 
 #: Frames a second, frames a panel is held in a film, and frames of a stretch.
 RATE, HOLD, FRAMES = 12, 12, 16
+#: The demo's film's own, chosen by looking at four.
+DEMO_SEED = 2
 #: In the folder of a story, where its stretches of film are kept.
 STRETCHES = "stretches"
 
@@ -183,9 +185,9 @@ class Studio:
 
 
 def demo_film(folder: Path, story: Any, args: argparse.Namespace, bar: Callable[[bool], Any]) -> Written:
-    """The film that the demo ends with: as `film DIR -o DIR/film.mp4` makes it."""
+    """The film that the demo ends with: as `film DIR -o DIR/film.mp4 --seed 2` makes it."""
     asked = argparse.Namespace(
-        frames=FRAMES, hold=HOLD, rate=Fraction(RATE), easing="smooth", steps=None, seed=None, captions=True,
+        frames=FRAMES, hold=HOLD, rate=Fraction(RATE), easing="smooth", steps=None, seed=DEMO_SEED, captions=True,
         json=args.json,
     )  # fmt: skip
     return make_film(folder, folder / "film.mp4", story, asked, bar)
