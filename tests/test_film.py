@@ -74,6 +74,14 @@ def test_a_strip_shows_every_way_from_panel_to_panel() -> None:
     assert rows[-1][-1] == film.length(asked) - 2, "the last panel's first frame"
 
 
+def test_a_strip_of_a_long_film_is_no_longer_than_one_can_look_at() -> None:
+    asked = shots(40)
+    every, some = film.strip(asked, most=99), film.strip(asked)
+    assert (len(every), len(some)) == (39, 8)
+    assert (some[0], some[-1]) == (every[0], every[-1])
+    assert all(row in every for row in some)
+
+
 def test_what_is_finished_is_not_made_again(parts: Mover, tmp_path: Path) -> None:
     first = list(film.frames(shots(3), lambda: parts, SETTINGS, tmp_path, "tiny"))
     opened = Opened(parts)

@@ -158,6 +158,30 @@ def test_a_pipelines_own_unet_is_not_changed(parts: tuple[Any, Motion]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
 
 
+def test_the_embedded_motion_module_runs_in_stock_animatediff() -> None:
+    from diffusers import AnimateDiffPipeline, MotionAdapter
+
+    models = Path(__file__).resolve().parents[1] / "resources" / "models"
+    adapter = MotionAdapter.from_pretrained(models / "storyworld-motion" / "motion_adapter", torch_dtype=torch.float32)
+    frames = []
+    for weight in (1.0, 0.0):
+        pipe = AnimateDiffPipeline.from_pretrained(
+            models / "storyworld", motion_adapter=adapter, torch_dtype=torch.float32
+        )
+        pipe.set_progress_bar_config(disable=True)
+        for name, value in pipe.unet.named_parameters():
+            if "motion_modules" in name and "proj_out" in name:
+                value.data.mul_(weight)
+        made = pipe(
+            "a red cat in a meadow", num_frames=4, height=128, width=128, num_inference_steps=2, guidance_scale=1.0,
+            output_type="np", generator=torch.Generator().manual_seed(0),
+        ).frames[0]  # fmt: skip
+        assert made.shape == (4, 128, 128, 3)
+        assert np.isfinite(made).all()
+        frames.append(made)
+    assert np.abs(frames[0] - frames[1]).mean() > 0.01, "it is the motion module that is heard"
+
+
 # --------------------------------------------------------------------------- detail
 
 

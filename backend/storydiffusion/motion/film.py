@@ -83,15 +83,18 @@ def captions(shots: Sequence[Shot]) -> list[Caption]:
     return found
 
 
-def strip(shots: Sequence[Shot], columns: int = 8) -> list[list[int]]:
+def strip(shots: Sequence[Shot], columns: int = 8, most: int = 8) -> list[list[int]]:
     """For each way between two panels the frames of the film that show it on a contact strip: the panels and as
-    many between as fit into `columns`."""
+    many between as fit into `columns`. Of a long film `most` ways, the first and the last among them: a strip is to be
+    looked at, and held in memory until then."""
     rows, at = [], -1
     for shot in shots[:-1]:
         at += shot.hold
         count = shot.transition.frames
         rows.append([at + round(i * (count - 1) / (columns - 1)) for i in range(columns)])
         at += count - 2
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
     return rows
 
 
