@@ -14,7 +14,7 @@ from .making import PanelMaking
 from .orders import Order
 from .progress import PanelView, Progress, changed_text, working_text
 from .story_state import Character, Panel, Story, Take
-from .strips import Strips
+from .strips import SaveFrames, Strips
 from .texts import tr
 
 THUMBNAIL = 128
@@ -29,7 +29,7 @@ class Controller:
         defer: calls something in a later turn of the event loop.
         sheet: a picture as bytes that the document keeps for a character.
         background: calls something in another thread, then something with its result in this one.
-        save_frame: writes a picture to a path, at a width and height.
+        save_frames: writes pictures to a path as a file of Krita's, at a width and height, from a time on.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Controller:
         sheet: Callable[[Any], bytes] = lambda picture: b"",
         clock: Callable[[], float] = time.monotonic,
         background: Callable[[Callable[[], Any], Callable[[Any], None]], None] = lambda call, then: then(call()),
-        save_frame: Callable[[Any, str, int, int], None] = lambda picture, path, width, height: None,
+        save_frames: SaveFrames = lambda frames, path, width, height, start: None,
     ) -> None:
         self.document, self._desk, self.defer, self._sheet = document, desk, defer, sheet
         self.story, self.readonly = Story(), False
@@ -57,7 +57,7 @@ class Controller:
         self._turn = 0
         self._unsaved = False
         self.making = PanelMaking(self, desk, clock)
-        self.strips = Strips(self, background, save_frame)
+        self.strips = Strips(self, background, save_frames)
         self._load()
 
     # ----------------------------------------------------------------------- the document's memory

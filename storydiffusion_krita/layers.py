@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from . import pictures
+from .kra import SRGB
 from .qt import QtCore, QtGui, owned
 from .texts import tr
 
@@ -61,7 +62,7 @@ class StoryDocument(Protocol):
     def has_selection(self) -> bool: ...
     def show_preview(self, picture: Any, rect: Rect) -> None: ...
     def remove_previews(self) -> None: ...
-    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str: ...
+    def import_frames(self, title: str, file: str, under: Sequence[str]) -> str: ...
     def frame(self, layer: str, time: int) -> tuple[Any, str] | None: ...
     def film_rate(self) -> int: ...
     def set_film(self, rate: int, end: int) -> None: ...
@@ -84,6 +85,7 @@ class Node(Protocol):
     def addChildNode(self, child: Node, above: Node | None) -> bool: ...  # noqa: N802
     def removeChildNode(self, child: Node) -> bool: ...  # noqa: N802
     def remove(self) -> bool: ...
+    def clone(self) -> Node: ...
     def setPixelData(self, data: bytes, x: int, y: int, w: int, h: int) -> bool: ...  # noqa: N802
     def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
     def projectionPixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
@@ -122,7 +124,6 @@ class Document(Protocol):
     def modified(self) -> bool: ...
     def refreshProjection(self) -> None: ...  # noqa: N802
     def pixelData(self, x: int, y: int, w: int, h: int) -> Any: ...  # noqa: N802
-    def importAnimation(self, files: list[str], first: int, step: int) -> bool: ...  # noqa: N802
     def framesPerSecond(self) -> int: ...  # noqa: N802
     def setFramesPerSecond(self, rate: int) -> None: ...  # noqa: N802
     def setFullClipRangeStartTime(self, time: int) -> None: ...  # noqa: N802
@@ -140,14 +141,14 @@ class Application(Protocol):
     """The part of krita.Krita that is used."""
 
     def documents(self) -> list[Document]: ...
+    def openDocument(self, path: str) -> Document | None: ...  # noqa: N802
+    def batchmode(self) -> bool: ...
+    def setBatchmode(self, quiet: bool) -> None: ...  # noqa: N802
     def activeDocument(self) -> Document | None: ...  # noqa: N802
     def action(self, name: str) -> Any: ...
     def createDocument(  # noqa: N802
         self, w: int, h: int, name: str, model: str, depth: str, profile: str, resolution: float
     ) -> Document: ...
-
-
-SRGB = "sRGB-elle-V2-srgbtrc.icc"
 
 
 class KritaDocument:
@@ -422,29 +423,38 @@ class KritaDocument:
 
     # ----------------------------------------------------------------------- the timeline
 
-    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str:
-        """A new layer of keyframes from the time `start` on, one a file; its id, "" where Krita would not.
+    def import_frames(self, title: str, file: str, under: Sequence[str]) -> str:
+        """The animated layer of a file (`kra.write_animation`) as a new layer; its id, "" where Krita cannot read it.
 
         It lies over everything but the layers `under` which it has to be: its last keyframe stays to the end of
-        time, and what comes later has to be seen. One step of undo, where nothing has to lie over it.
+        time, and what comes later has to be seen. One step of undo.
         """
-        document = self._document
-        before = {_id(owned(node)) for node in document.topLevelNodes()}
-        if not document.importAnimation([str(file) for file in files], start, 1):
+        source = self._opened(file)
+        if source is None:
             return ""
-        made = next((n for n in map(owned, document.topLevelNodes()) if _id(n) not in before), None)
-        if made is None:
+        try:
+            source.waitForDone()
+            made = owned(source.topLevelNodes()[0].clone())
+            made.setName(title)
+            nodes = [owned(node) for node in self._document.topLevelNodes()]
+            over = [i for i, node in enumerate(nodes) if _id(node) in under]
+            added = self._document.rootNode().addChildNode(made, nodes[over[0] - 1] if over and over[0] else None)
+        finally:
+            source.close()
+        if not added:
             return ""
-        made.setName(title)
-        nodes = [owned(node) for node in document.topLevelNodes()]
-        over = [i for i, node in enumerate(nodes) if _id(node) in under]
-        if over:
-            root = document.rootNode()
-            root.removeChildNode(made)
-            root.addChildNode(made, nodes[over[0] - 1] if over[0] else None)
         self._stay(made)
-        document.setModified(True)
+        self._document.setModified(True)
         return _id(made)
+
+    def _opened(self, file: str) -> Document | None:
+        """A document without a window, about which Krita asks nothing."""
+        quiet = self._application.batchmode()
+        self._application.setBatchmode(True)
+        try:
+            return self._application.openDocument(file)
+        finally:
+            self._application.setBatchmode(quiet)
 
     def frame(self, layer: str, time: int) -> tuple[QtGui.QImage, str] | None:
         """The keyframe at a time and a digest of its pixels, None where there is none."""

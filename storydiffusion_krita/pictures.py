@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 
+from . import kra
 from .qt import Qt, QtCore, QtGui
 
 QImage = QtGui.QImage
@@ -127,14 +129,20 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=4).hexdigest()
 
 
-def save_frame(image: QImage, path: str, width: int, height: int) -> None:
-    """Write a frame for Krita to import, at the size of the canvas.
+def save_frames(frames: Sequence[QImage], path: str, width: int, height: int, start: int) -> None:
+    """Write frames for Krita's timeline, from the time `start` on, at the size of the canvas.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    if not cropped(image, width, height).save(path, "PNG", 100):
-        raise OSError(f"{path} cannot be written")
+    tiles = [_tiles(cropped(frame, width, height)) for frame in frames]
+    kra.write_animation(path, (width, height), tiles, start)
+
+
+def _tiles(image: QImage) -> Iterator[kra.Tile]:
+    for y in range(0, image.height(), kra.TILE):
+        for x in range(0, image.width(), kra.TILE):
+            yield x, y, to_pixels(image.copy(x, y, kra.TILE, kra.TILE))  # clear where it is beyond the edge
 
 
 def look(image: QImage) -> str:

@@ -11,7 +11,7 @@ import itertools
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 MAX_FRAMES, MAX_HOLD = 200, 500
+
+SaveFrames = Callable[[Sequence[Any], str, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,16 @@ class Strips:
     Args:
         controller: whose story and document they are.
         background: calls something in another thread, then something else with its result in this one.
-        save_frame: writes a picture to a path, at a width and height.
+        save_frames: writes pictures to a path as a file of Krita's, at a width and height, from a time on.
     """
 
     def __init__(
         self,
         controller: Controller,
         background: Callable[[Callable[[], Any], Callable[[Any], None]], None],
-        save_frame: Callable[[Any, str, int, int], None],
+        save_frames: SaveFrames,
     ) -> None:
-        self._controller, self._background, self._save_frame = controller, background, save_frame
+        self._controller, self._background, self._save_frames = controller, background, save_frames
         self._work: dict[str, Work] = {}
         self._making: dict[str, _Making] = {}
         self._failures: dict[str, Failure] = {}
@@ -367,19 +369,19 @@ class Strips:
         title = f"{panel_title(controller.number(panel.id))} → {controller.number(panel.id) + 1}"
         first = not self.layers()
         box: list[Any] = []
-        self._write([pictures[frame] for frame in range(making.frames)], box.append)
+        self._write([pictures[frame] for frame in range(making.frames)], start, box.append)
         while not box:
             yield
         if isinstance(box[0], Failure):
             self._fail(making, box[0])
             return
-        folder, files = box[0]
+        file = box[0]
         try:
             later = [one.strip.layer for one in controller.story.panels
                      if one is not panel and self.made(one) and one.strip.start > start]  # fmt: skip
-            layer = document.import_frames(title, files, start, later)
+            layer = document.import_frames(title, str(file), later)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(file.parent, ignore_errors=True)
         if not layer:
             self._fail(making, Failure("error", tr("Krita could not import the frames.")))
             return
@@ -400,20 +402,18 @@ class Strips:
         self._end(making)
         controller.touch("panel", panel.id)
 
-    def _write(self, pictures: list[Any], then: Callable[[Any], None]) -> None:
-        """Pictures as files in a folder of their own, by another thread: (folder, files), or a failure."""
+    def _write(self, pictures: Sequence[Any], start: int, then: Callable[[Any], None]) -> None:
+        """Pictures as one file in a folder of its own, by another thread: its path, or a failure."""
         width, height = self._controller.document.size()
 
         def work() -> Any:
-            folder = tempfile.mkdtemp(prefix="storydiffusion-")
-            files = [str(Path(folder) / f"{number:04d}.png") for number in range(len(pictures))]
+            file = Path(tempfile.mkdtemp(prefix="storydiffusion-")) / "film.kra"
             try:
-                for picture, file in zip(pictures, files, strict=True):
-                    self._save_frame(picture, file, width, height)
+                self._save_frames(pictures, str(file), width, height, start)
             except OSError as error:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(file.parent, ignore_errors=True)
                 return Failure("disk_full", tr("The frames could not be written: {reason}.", reason=str(error)))
-            return folder, files
+            return file
 
         self._background(work, then)
 

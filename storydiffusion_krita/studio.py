@@ -116,7 +116,7 @@ class Studio(QtCore.QObject):
             self._defer,
             sheet_of,
             background=self._background,
-            save_frame=pictures.save_frame,
+            save_frames=pictures.save_frames,
         )
         controller.strips.play_asked = self._play
         controller.previews = self.settings.previews

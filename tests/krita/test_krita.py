@@ -227,6 +227,23 @@ def test_frames_are_the_same_in_a_file_that_is_opened_again(filmed: harness.Ran,
     assert shown["30"] == second["30"]
 
 
+def test_all_ways_come_onto_the_timeline_of_a_busy_machine(
+    display: str, home: Path, environment: dict[str, str], told: harness.Ran
+) -> None:
+    """Krita 6.0.4 dies in its own import of an animation when its threads come late."""
+    told.check()
+    saw = harness.krita(display, home, "make_all_ways", environment=environment, seconds=500).check()
+    assert [way["times"] for way in saw["ways"]] == [
+        list(range(16)),
+        [0, *range(27, 43)],
+        [0, *range(54, 70)],
+    ]
+    for number, (way, first, last) in enumerate(zip(saw["ways"], ("0", "27", "54"), ("15", "42", "69"), strict=True)):
+        ends = (way["pixels"][first], way["pixels"][last])
+        assert ends == tuple(saw["panels"][number : number + 2]), "the ends are not the panels"
+    assert saw["order"][-3:] == ["Panel 1 → 2", "Panel 2 → 3", "Panel 3 → 4"], "what comes later cannot be seen"
+
+
 def test_kritas_own_rendering_has_every_frame_as_it_was_placed(display: str, home: Path, filmed: harness.Ran) -> None:
     """What *Render Animation* in Krita's menu does, started from the command line."""
     import hashlib

@@ -38,7 +38,7 @@ class FakeDocument:
         self.previews: list[Any] = []
         self.reads: list[str] = []
         self._size, self._ids = size, itertools.count(1)
-        #: pictures by the path they were written to; keyframes by layer and time
+        #: pictures by path and time; keyframes by layer and time
         self.files: dict[str, Any] = {}
         self.keyframes: dict[str, dict[int, Any]] = {}
         self.clip, self.now = (24, 100), 0
@@ -124,15 +124,15 @@ class FakeDocument:
 
     # the timeline
 
-    def save_frame(self, picture: Any, path: str, width: int, height: int) -> None:
-        self.files[path] = picture
+    def save_frames(self, frames: Sequence[Any], path: str, width: int, height: int, start: int) -> None:
+        self.files[path] = {start + i: frame for i, frame in enumerate(frames)}
 
-    def import_frames(self, title: str, files: Sequence[str], start: int, under: Sequence[str]) -> str:
+    def import_frames(self, title: str, file: str, under: Sequence[str]) -> str:
         layer = self.add(title)
         node = self.nodes.pop()
         at = min((i for i, one in enumerate(self.nodes) if one.id in under), default=len(self.nodes))
         self.nodes.insert(at, node)
-        self.keyframes[layer] = {start + i: self.files[file] for i, file in enumerate(files)}
+        self.keyframes[layer] = self.files[file]
         return layer
 
     def frame(self, layer: str, time: int) -> tuple[Any, str] | None:
@@ -249,7 +249,7 @@ class Scene:
             lambda picture: str(picture).encode(),
             lambda: self.now,
             background=lambda call, then: self.turns.defer(lambda: then(call())),
-            save_frame=self.document.save_frame,
+            save_frames=self.document.save_frames,
         )
 
     def film(self, picture: Callable[[int], Any] = lambda i: f"frame {i}") -> None:
