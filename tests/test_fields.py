@@ -97,34 +97,3 @@ def test_every_patch_says_where_in_its_cell_it_lies() -> None:
     assert np.allclose(x[:, :8], x[:, 8:]), "both cells count from their own corner"
     assert x[0, 0] < -0.8
     assert x[0, 7] > 0.8
-
-
-def framed(number: int) -> np.ndarray:
-    """Fields of a held-out picture of one whole character, outdoors: every word is said."""
-    rng = random.Random(number)
-    return fields.draw(world.single(rng, world.sample_character(rng), framing="medium", place="forest"))
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_what_is_right_stays_when_words_are_put_right(number: int) -> None:
-    drawn = framed(number)
-    words = [fields.SLICES[name] for name in fields.FIGURE_WORDS | fields.SCENE_WORDS if name != "action"]
-    right = fields.settled(drawn)
-    assert all(np.allclose(right[part], drawn[part]) for part in words)
-    assert np.allclose(right, drawn, atol=0.02)
-
-
-@pytest.mark.parametrize("number", range(12))
-def test_words_that_are_put_off_are_put_right(number: int) -> None:
-    drawn = framed(number)
-    off, noise = drawn.copy(), np.random.default_rng(number)
-    for name, words in (fields.FIGURE_WORDS | fields.SCENE_WORDS).items():
-        off[fields.SLICES[name]] += 0.25 * (words.mean(0)[:, None, None] - off[fields.SLICES[name]])
-    off[fields.SLICES["figure"]] *= 0.7
-    off += 0.02 * noise.standard_normal(off.shape).astype(np.float32)
-    places = [fields.SLICES[name] for name in ("u", "v", "x", "y")]
-    right = fields.settled(off)
-    assert fields.read(right) == fields.read(drawn)
-    assert np.square(right - drawn).mean() < 0.3 * np.square(off - drawn).mean()
-    mine = drawn[fields.SLICES["figure"]][0] > 0
-    assert all(np.array_equal(right[part][:, mine], off[part][:, mine]) for part in places), "it was moved"

@@ -165,42 +165,14 @@ def draw(scene: world.Scene, view: world.View = world.WHOLE) -> Array:
     return out
 
 
-def _nearest(fields: Array) -> dict[str, int]:
-    """The codewords nearest to the median over the patches that are the figure's (the scenery's for the scene)."""
+def read(fields: Array) -> dict[str, str]:
+    """What fields (CHANNELS, GRID, GRID) of one picture say of its figure and its scene: by the
+    nearest codeword to the mean over the patches that are the figure's (the scenery's for the scene)."""
     mine = fields[SLICES["figure"]][0] > 0
     answer = {}
     for words_of, where in ((FIGURE_WORDS, mine), (SCENE_WORDS, ~mine)):
         where = where if where.any() else np.ones_like(where)
         for name, words in words_of.items():
-            middle = np.median(fields[SLICES[name]][:, where], axis=1)
-            answer[name] = int(np.square(words - middle).sum(1).argmin())
+            mean = np.median(fields[SLICES[name]][:, where], axis=1)
+            answer[name] = world.ATTRIBUTES[name][int(np.square(words - mean).sum(1).argmin())]
     return answer
-
-
-def read(fields: Array) -> dict[str, str]:
-    """What fields (CHANNELS, GRID, GRID) of one picture say of its figure and its scene."""
-    return {name: world.ATTRIBUTES[name][number] for name, number in _nearest(fields).items()}
-
-
-def settled(fields: Array) -> Array:
-    """Fields (CHANNELS, GRID, GRID) of one picture of one character with every word put right: the nearest one all
-    over the figure or the scene, and nothing said of a figure where none is. Where things lie stays as it is."""
-    out: Array = fields.copy()
-    mine = fields[SLICES["figure"]][0] > 0
-    words = _nearest(fields)
-    for name, values in FIGURE_WORDS.items():
-        out[SLICES[name]] = np.where(mine, values[words[name]][:, None, None], 0)
-    if world.ATTRIBUTES["hat"][words["hat"]] == "none":
-        out[SLICES["hat_color"]] = 0
-    for name in ("u", "v", "u_waves", "v_waves"):
-        out[SLICES[name]] *= mine
-    facing = np.sign(np.median(fields[SLICES["facing"]][:, mine])) if mine.any() else 0
-    out[SLICES["facing"]] = facing * mine
-    out[SLICES["figure"]] = np.where(mine, 1, -1)
-    for name, values in SCENE_WORDS.items():
-        out[SLICES[name]] = values[words[name]][:, None, None]
-    last = world.STAGINGS - 1
-    staging = (np.median(fields[SLICES["staging"]]) + 1) / 2
-    out[SLICES["staging"]] = 2 * np.round(staging * last) / last - 1
-    out[SLICES["mirror"]] = np.round(np.median(fields[SLICES["mirror"]]))
-    return out
