@@ -135,13 +135,14 @@ def save_frames(frames: Sequence[QImage], path: str, width: int, height: int, st
     Raises:
         OSError: the file cannot be written.
     """
-    tiles = [_tiles(cropped(frame, width, height)) for frame in frames]
-    kra.write_animation(path, (width, height), tiles, start)
+    kra.write_animation(path, (width, height), [_tiles(frame, width, height) for frame in frames], start)
 
 
-def _tiles(image: QImage) -> Iterator[kra.Tile]:
-    for y in range(0, image.height(), kra.TILE):
-        for x in range(0, image.width(), kra.TILE):
+def _tiles(frame: QImage, width: int, height: int) -> Iterator[kra.Tile]:
+    """Of one frame at a time: many of them at the size of the canvas would fill the memory."""
+    image = cropped(frame, width, height)
+    for y in range(0, height, kra.TILE):
+        for x in range(0, width, kra.TILE):
             yield x, y, to_pixels(image.copy(x, y, kra.TILE, kra.TILE))  # clear where it is beyond the edge
 
 
