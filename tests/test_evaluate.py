@@ -11,7 +11,7 @@ import torch
 
 from storydiffusion.attention import PLANS
 from training import data, world
-from training.evaluate import EvalStory, eval_story, paint_clothes, rows_of, score
+from training.evaluate import EvalStory, Row, eval_story, evaluate_consistency, paint_clothes, rows_of, score
 from training.probe import PROBE, Box, Seen, box_of, cut_out, load_probe, look, read, truth
 
 
@@ -66,6 +66,22 @@ def test_painting_fills_the_clothes_and_nothing_else() -> None:
     mask = world.part_mask(drawn, "clothes")
     assert np.array_equal(before[~mask], after[~mask])
     assert not np.array_equal(before[mask], after[mask])
+
+
+def test_the_stories_to_choose_on_are_not_those_that_figures_are_given_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def measure(name: str, how: object, pipe: object, probe: object, stories: list[EvalStory], *more: object) -> Row:
+        asked.extend(story.number for story in stories)
+        return Row(name, len(stories), 1, 1, 1, 1, 1)
+
+    monkeypatch.setattr("training.evaluate.measure_row", measure)
+    monkeypatch.setattr("storydiffusion.models.load_pipeline", lambda model: None)
+    evaluate_consistency(stories=3, rows=["default"], first=50)
+    assert asked == [50, 51, 52]
+    assert "3 stories" in capsys.readouterr().out
 
 
 def test_every_row_has_a_plan_but_vanilla() -> None:

@@ -93,10 +93,11 @@ class Plan:
 
 
 #: Plans by name. 'paper' is the published setting; 'default' is what kept characters and places apart on the
-#: embedded model: its weight is a trade of agreement against poses, which are shared along with the rest.
+#: embedded model: its weight is a trade of agreement against poses, which are shared along with the rest. A finished
+#: panel counts more, so that what was painted in it is followed.
 PLANS: dict[str, Plan] = {
     "paper": Plan("paper"),
-    "default": Plan("default", where=DECODER, start=0.12, rate=1.0, weight=0.5, reference_weight=1.4, subjects=True),
+    "default": Plan("default", where=DECODER, start=0.12, rate=1.0, weight=0.5, reference_weight=2.8, subjects=True),
     "everywhere": Plan("everywhere", where=EVERYWHERE, rate=1.0),
 }
 

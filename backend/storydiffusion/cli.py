@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure the embedded model")
     evaluate.add_argument("what", choices=("consistency", "transitions"))
     evaluate.add_argument("--stories", type=int, default=50, help="how many of the fixed stories")
+    evaluate.add_argument("--first", type=int, default=0, help="the first of them; choose plans on 50 and later")
     evaluate.add_argument("--clips", type=int, default=100, help="how many of the held-out clips")
     evaluate.add_argument("--rows", help="comma-separated row names (default: all)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
@@ -398,7 +399,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
     if args.what == "transitions":
         evaluate_transitions(args.clips, rows, args.json, args.pictures, args.model, keep=args.keep)
         return
-    evaluate_consistency(stories=args.stories, rows=rows, json_file=args.json, pictures=args.pictures, model=args.model)
+    evaluate_consistency(
+        stories=args.stories,
+        rows=rows,
+        first=args.first,
+        json_file=args.json,
+        pictures=args.pictures,
+        model=args.model,
+    )
 
 
 def run_models(args: argparse.Namespace) -> None:

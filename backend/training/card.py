@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from training import clips
+from training import clips, world
 from training.common import MODEL, RUNS
 from training.evaluate_motion import COMPARED
 from training.motion import MOTION
@@ -211,6 +211,15 @@ def figures(path: Path) -> str:
                 f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, "
                 f"chance {row['chance']:.3f} | | | | |"
             )
+    out += [
+        "",
+        "| of each attribute | " + " | ".join(world.ATTRIBUTES) + " |",
+        "|---" * (len(world.ATTRIBUTES) + 1) + "|",
+    ]
+    for row in [row for row in rows if row["name"] in ("vanilla", "default")]:
+        for title, shares in (("open, agreement", row["agreement_of"]), ("told, fidelity", row["fidelity_of"])):
+            cells = [f"{shares[name]:.3f}" if name in shares else "" for name in world.ATTRIBUTES]
+            out.append("| " + " | ".join([f"{row['name']}: {title}", *cells]) + " |")
     return "\n".join(["`storydiffusion evaluate consistency --json FILE` printed:", "", *out])
 
 

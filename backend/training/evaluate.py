@@ -296,11 +296,15 @@ def paint_row(pipe: Any, probe: Any, stories: Sequence[EvalStory], settings: Set
 def evaluate_consistency(
     stories: int = 50,
     rows: Sequence[str] | None = None,
+    first: int = 0,
     json_file: Path | None = None,
     pictures: Path | None = None,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Print the table; returns its rows as `--json` writes them.
+
+    Args:
+        first: number of the first story. Numbers 0 to 49 are what figures are given of; choose on others.
 
     Raises:
         PlanError: a row of that name does not exist.
@@ -315,7 +319,7 @@ def evaluate_consistency(
     pipe = load_pipeline(Path(model) if model else MODEL)
     probe = load_probe()
     settings = story_settings()
-    chosen = [eval_story(i) for i in range(stories)]
+    chosen = [eval_story(i) for i in range(first, first + stories)]
     measured: list[dict[str, Any]] = []
     print(f"{stories} stories, {sum(len(s.panels) for s in chosen)} panels, {settings.num_inference_steps} steps")
     names = list(world.CHARACTER_ATTRIBUTES)
