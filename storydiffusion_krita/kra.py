@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 import zipfile
 from collections.abc import Iterable, Sequence
+from typing import IO
 
 #: the file name of Krita's own profile for what is seen on a screen
 SRGB = "sRGB-elle-V2-srgbtrc.icc"
@@ -25,7 +26,7 @@ RAW = b"\0"
 CLEAR = bytes(PIXEL)
 FOLDER = "film/layers"
 
-#: left, top, and TILE * TILE pixels, row by row
+#: left and top in pixels, and TILE * TILE pixels, row by row
 Tile = tuple[int, int, bytes]
 
 DOCUMENT = """\
@@ -57,37 +58,39 @@ KEYFRAME = """\
 """
 
 
-def write_animation(
-    path: str, size: tuple[int, int], frames: Sequence[Iterable[Tile]], start: int, profile: str = SRGB
-) -> None:
+def write_animation(path: str, size: tuple[int, int], frames: Sequence[Iterable[Tile]], start: int) -> None:
     """One layer of keyframes from the time `start` on; before it nothing is seen.
 
     Args:
         size: width and height of the canvas, pixels.
-        frames: the tiles of each; what no tile covers is clear.
-        profile: the file name of Krita's colour profile that the pixels are in.
+        frames: the tiles of each, in sRGB; what no tile covers is clear.
+        start: in frames.
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: there are no frames.
     """
+    if not frames:
+        raise ValueError("an animation without frames")
     times = {f"frame{i}": start + i for i in range(len(frames))}
     if start:  # Krita wants a keyframe at the beginning of time
         times = {"clear": 0, **times}
     keyframes = "".join(KEYFRAME.format(name=name, time=time) for name, time in times.items())
     width, height = size
-    document = DOCUMENT.format(width=width, height=height, profile=profile, uuid=uuid.uuid4(), first=next(iter(times)))
+    document = DOCUMENT.format(width=width, height=height, profile=SRGB, uuid=uuid.uuid4(), first=next(iter(times)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         archive.writestr("mimetype", "application/x-krita", zipfile.ZIP_STORED)
         archive.writestr("maindoc.xml", document)
         archive.writestr(f"{FOLDER}/film.keyframes.xml", KEYFRAMES.format(keyframes=keyframes))
         for name in times:
             tiles = frames[times[name] - start] if name != "clear" else ()
-            archive.writestr(f"{FOLDER}/{name}", _pixels(list(tiles)))
+            with archive.open(f"{FOLDER}/{name}", "w") as file:
+                _write_pixels(file, list(tiles))
             archive.writestr(f"{FOLDER}/{name}.defaultpixel", CLEAR)
 
 
-def _pixels(tiles: Sequence[Tile]) -> bytes:
-    parts = [b"VERSION 2\nTILEWIDTH %d\nTILEHEIGHT %d\nPIXELSIZE %d\nDATA %d\n" % (TILE, TILE, PIXEL, len(tiles))]
+def _write_pixels(file: IO[bytes], tiles: Sequence[Tile]) -> None:
+    file.write(b"VERSION 2\nTILEWIDTH %d\nTILEHEIGHT %d\nPIXELSIZE %d\nDATA %d\n" % (TILE, TILE, PIXEL, len(tiles)))
     for x, y, pixels in tiles:
-        parts += [b"%d,%d,LZF,%d\n" % (x, y, len(RAW) + len(pixels)), RAW, pixels]
-    return b"".join(parts)
+        file.write(b"%d,%d,LZF,%d\n" % (x, y, len(RAW) + len(pixels)))
+        file.write(RAW + pixels)

@@ -434,7 +434,10 @@ class KritaDocument:
             return ""
         try:
             source.waitForDone()
-            made = owned(source.topLevelNodes()[0].clone())
+            found = [owned(node) for node in source.topLevelNodes()]
+            if not found:
+                return ""
+            made = owned(found[0].clone())
             made.setName(title)
             nodes = [owned(node) for node in self._document.topLevelNodes()]
             over = [i for i, node in enumerate(nodes) if _id(node) in under]

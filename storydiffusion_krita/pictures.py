@@ -130,7 +130,7 @@ def digest(data: bytes) -> str:
 
 
 def save_frames(frames: Sequence[QImage], path: str, width: int, height: int, start: int) -> None:
-    """Write frames for Krita's timeline, from the time `start` on, at the size of the canvas.
+    """Write frames for Krita's timeline, from the time `start` (in frames) on, at the size of the canvas, pixels.
 
     Raises:
         OSError: the file cannot be written.
@@ -140,7 +140,7 @@ def save_frames(frames: Sequence[QImage], path: str, width: int, height: int, st
 
 def _tiles(frame: QImage, width: int, height: int) -> Iterator[kra.Tile]:
     """Of one frame at a time: many of them at the size of the canvas would fill the memory."""
-    image = cropped(frame, width, height)
+    image = cropped(frame, width, height).convertToFormat(QImage.Format.Format_ARGB32)  # with an edge to be clear
     for y in range(0, height, kra.TILE):
         for x in range(0, width, kra.TILE):
             yield x, y, to_pixels(image.copy(x, y, kra.TILE, kra.TILE))  # clear where it is beyond the edge

@@ -369,7 +369,14 @@ class Strips:
         title = f"{panel_title(controller.number(panel.id))} → {controller.number(panel.id) + 1}"
         first = not self.layers()
         box: list[Any] = []
-        self._write([pictures[frame] for frame in range(making.frames)], start, box.append)
+
+        def written(result: Any) -> None:
+            if making.key in self._making:
+                box.append(result)
+            elif isinstance(result, Path):  # cancelled meanwhile
+                shutil.rmtree(result.parent, ignore_errors=True)
+
+        self._write([pictures[frame] for frame in range(making.frames)], start, written)
         while not box:
             yield
         if isinstance(box[0], Failure):
@@ -407,13 +414,16 @@ class Strips:
         width, height = self._controller.document.size()
 
         def work() -> Any:
-            file = Path(tempfile.mkdtemp(prefix="storydiffusion-")) / "film.kra"
+            folder = None
             try:
-                self._save_frames(pictures, str(file), width, height, start)
-            except OSError as error:
-                shutil.rmtree(file.parent, ignore_errors=True)
-                return Failure("disk_full", tr("The frames could not be written: {reason}.", reason=str(error)))
-            return file
+                folder = Path(tempfile.mkdtemp(prefix="storydiffusion-"))
+                self._save_frames(pictures, str(folder / "film.kra"), width, height, start)
+            except Exception as error:  # whatever it is, whoever waits for the file has to hear of it
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                kind = "disk_full" if isinstance(error, OSError) else "error"
+                return Failure(kind, tr("The frames could not be written: {reason}.", reason=str(error)))
+            return folder / "film.kra"
 
         self._background(work, then)
 

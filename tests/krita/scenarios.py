@@ -557,7 +557,7 @@ def make_all_ways(stage: Stage) -> Generator[Any, Any, Any]:
     document = stage.krita.activeDocument()
     size = (document.width(), document.height())
     stage.saw["panels"] = [digest(group, size) for group in groups(document)]
-    with busy(2):
+    with busy(os.cpu_count() or 2):
         docker().film_all.trigger()
         yield Until("work to begin", lambda: controller(stage).working, 10)
         yield made(stage, 400)

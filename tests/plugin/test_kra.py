@@ -94,6 +94,22 @@ def test_a_frame_of_another_size_fills_the_canvas(tmp_path: Path) -> None:
     assert {whole.pixelColor(x, y).name() for x in (0, 89) for y in (0, 39)} == {"#ff0000"}
 
 
+@pytest.mark.parametrize("format_", [QImage.Format.Format_RGB32, QImage.Format.Format_RGB888])
+def test_beyond_the_canvas_is_nothing(tmp_path: Path, format_: QImage.Format) -> None:
+    """Frames come from the backend without an alpha channel; the last tiles reach over the edge."""
+    pictures.save_frames([drawn(100, 70, 1).convertToFormat(format_)], str(tmp_path / "film.kra"), 100, 70, 0)
+    with zipfile.ZipFile(tmp_path / "film.kra") as archive:
+        pixels = archive.read("film/layers/frame0")
+    assert unpacked(pixels, 128, 128).pixelColor(100, 0).alpha() == 0
+    assert unpacked(pixels, 128, 128).pixelColor(0, 70).alpha() == 0
+    assert unpacked(pixels, 128, 128).pixelColor(99, 69).alpha() == 255
+
+
+def test_an_animation_of_no_frames_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without frames"):
+        kra.write_animation(str(tmp_path / "film.kra"), (64, 64), [], 0)
+
+
 def test_a_file_that_cannot_be_written_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         kra.write_animation(str(tmp_path / "nowhere" / "film.kra"), (64, 64), [()], 0)

@@ -61,6 +61,12 @@ class Node:
         child.parent = self
         return True
 
+    def clone(self) -> Node:
+        return Node(self._name, self._kind, self.depth)
+
+    def setName(self, name: str) -> None:  # noqa: N802
+        self._name = name
+
     def removeChildNode(self, child: Node) -> bool:  # noqa: N802
         self.children.remove(child)
         child.parent = None
@@ -182,6 +188,19 @@ class Application:
     def __init__(self) -> None:
         self.opened: list[Document] = []
         self.made: list[Document] = []
+        #: what is in files, and whether Krita was told to ask nothing when each was opened
+        self.files: dict[str, Document] = {}
+        self.quiet, self.quiet_at = False, list[bool]()
+
+    def batchmode(self) -> bool:
+        return self.quiet
+
+    def setBatchmode(self, quiet: bool) -> None:  # noqa: N802
+        self.quiet = quiet
+
+    def openDocument(self, path: str) -> Document | None:  # noqa: N802
+        self.quiet_at.append(self.quiet)
+        return self.files.get(path)
 
     def documents(self) -> list[Document]:
         return self.opened
@@ -425,3 +444,61 @@ def test_krita_moving_to_another_layer_when_one_is_removed_does_not_move_the_art
     turns(0.1)
     assert krita.active is third
     assert adapter.active_layer() == third.uniqueId().toString()
+
+
+# --------------------------------------------------------------------------- the timeline
+
+
+def with_film(application: Application) -> tuple[KritaDocument, Document, Document]:
+    """A document of two panels, and a file with one animated layer."""
+    document, source = Document(application), Document(application)
+    application.opened.append(document)
+    for name in ("Panel 1", "Panel 2"):
+        document.root.addChildNode(Node(name, "grouplayer"), None)
+    source.root.addChildNode(Node("film", "paintlayer"), None)
+    application.files["film.kra"] = source
+    return KritaDocument(application, document), document, source
+
+
+def test_frames_come_as_a_copy_of_the_files_layer_on_top_of_everything(application: Any) -> None:
+    krita = Application()
+    one, document, source = with_film(krita)
+    layer = one.import_frames("Panel 1 → 2", "film.kra", [])
+    names = [node.name() for node in document.topLevelNodes()]
+    assert names == ["Panel 1", "Panel 2", "Panel 1 → 2"]
+    assert layer == document.topLevelNodes()[-1].uniqueId().toString()
+    assert source.topLevelNodes()[0].name() == "film", "the file's own layer was taken away"
+    assert source.closed
+    assert document.modified()
+    assert (krita.quiet_at, krita.batchmode()) == ([True], False), "Krita would have asked, or never asks again"
+
+
+def test_frames_that_come_earlier_lie_under_those_that_come_later(application: Any) -> None:
+    one, document, _ = with_film(Application())
+    later = one.import_frames("Panel 2 → 3", "film.kra", [])
+    one.import_frames("Panel 1 → 2", "film.kra", [later])
+    names = [node.name() for node in document.topLevelNodes()]
+    assert names == ["Panel 1", "Panel 2", "Panel 1 → 2", "Panel 2 → 3"]
+
+
+def test_a_file_without_a_layer_or_none_at_all_changes_nothing(application: Any) -> None:
+    krita = Application()
+    one, document, source = with_film(krita)
+    source.root.children.clear()
+    assert one.import_frames("film", "film.kra", []) == ""
+    assert one.import_frames("film", "nowhere.kra", []) == ""
+    assert source.closed
+    assert len(document.topLevelNodes()) == 2
+    assert not document.modified()
+
+
+def test_the_file_is_closed_whatever_krita_says(application: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, document, source = with_film(Application())
+
+    def refuse(child: Node, above: Node | None) -> bool:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(document.root, "addChildNode", refuse)
+    with pytest.raises(RuntimeError):
+        one.import_frames("film", "film.kra", [])
+    assert source.closed

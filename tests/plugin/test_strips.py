@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -240,6 +242,47 @@ def test_rows_are_shown_without_asking_the_document_how_panels_look(
     assert not looked
     scene.controller.strips.poll()
     assert len(looked) == 1
+
+
+def ways_files(scene: Scene) -> tuple[list[Any], Callable[[], None]]:
+    """A way whose frames have come and are about to be written: what is to be done in the background, and the
+    rest of the turns."""
+    held: list[Any] = []
+    scene.controller.strips._background = lambda call, then: held.append((call, then))
+    scene.controller.strips.make(panel(scene, 0).id)
+    scene.turns.run()
+    order = scene.desk.last
+    scene.desk.results(order, [(order.panels[0], f"frame {i}", 0) for i in range(1, order.request["frames"] - 1)])
+    scene.turns.run(20)
+    return held, lambda: scene.turns.run(200) and None
+
+
+def test_a_file_of_frames_that_nobody_waits_for_any_more_is_removed(scene: Scene) -> None:
+    held, go_on = ways_files(scene)
+    scene.controller.strips.cancel()
+    call, then = held[0]
+    file = call()
+    assert file.parent.is_dir()
+    then(file)
+    go_on()
+    assert not file.parent.exists()
+    assert not scene.controller.strips.working
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), ValueError("before 1980"), MemoryError()])
+def test_frames_that_cannot_be_written_are_a_failure_and_not_a_wait_without_end(scene: Scene, error: Exception) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    scene.controller.strips._save_frames = fail
+    held, go_on = ways_files(scene)
+    call, then = held[0]
+    then(call())
+    go_on()
+    view = scene.controller.strips.view(panel(scene, 0))
+    assert view.state == "failed"
+    assert "could not be written" in view.text
+    assert not scene.controller.strips.working
 
 
 def test_a_film_that_is_cancelled_is_not_written_and_the_canvas_is_as_it_was(scene: Scene, tmp_path: Path) -> None:
