@@ -69,6 +69,8 @@ learns to put them right (`unsettled` in `training/unet.py`).
 
 {figures}
 
+{remarks}
+
 Attribute probe on {held_out} held-out drawings (`python -m training.probe --measure`):
 
 {probe}
@@ -199,28 +201,31 @@ def figures(path: Path) -> str:
     if not path.exists():
         return "Not measured yet: `storydiffusion evaluate consistency`."
     rows = json.loads(path.read_text())["rows"]
-    out = ["| row | stories | agreement | fidelity | pose diversity | s/panel | MB |", "|---|---|---|---|---|---|---|"]
+    names = ",".join(row["name"] for row in rows)
+    out = [
+        f"`storydiffusion evaluate consistency --stories {rows[0]['stories']} --rows {names} --json FILE` printed:",
+        "",
+    ]
+    out += [
+        "| row | agreement | fidelity | pose diversity | miscounted | s/panel | MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if "agreement" in row:
             out.append(
-                f"| {row['name']} | {row['stories']} | {row['agreement']:.3f} | {row['fidelity']:.3f} "
-                f"| {row['pose_diversity']:.3f} | {row['seconds_per_panel']:.2f} | {row['peak_memory_mb']:.0f} |"
+                f"| {row['name']} | {row['agreement']:.3f} | {row['fidelity']:.3f} | {row['pose_diversity']:.3f} "
+                f"| {row['miscounted']:.3f} | {row['seconds_per_panel']:.2f} | {row['peak_memory_mb']:.0f} |"
             )
         else:
-            out.append(
-                f"| {row['name']} | {row['stories']} | followed {row['followed']:.3f}, "
-                f"chance {row['chance']:.3f} | | | | |"
-            )
-    out += [
-        "",
-        "| of each attribute | " + " | ".join(world.ATTRIBUTES) + " |",
-        "|---" * (len(world.ATTRIBUTES) + 1) + "|",
-    ]
-    for row in [row for row in rows if row["name"] in ("vanilla", "default")]:
-        for title, shares in (("open, agreement", row["agreement_of"]), ("told, fidelity", row["fidelity_of"])):
-            cells = [f"{shares[name]:.3f}" if name in shares else "" for name in world.ATTRIBUTES]
-            out.append("| " + " | ".join([f"{row['name']}: {title}", *cells]) + " |")
-    return "\n".join(["`storydiffusion evaluate consistency --json FILE` printed:", "", *out])
+            out.append(f"| {row['name']} | followed {row['followed']:.3f}, chance {row['chance']:.3f} | | | | | |")
+    measured = [row for row in rows if "agreement" in row]
+    for title, part in (("open, agreement", "agreement_of"), ("told, fidelity", "fidelity_of")):
+        columns = [name for name in world.ATTRIBUTES if any(name in row[part] for row in measured)]
+        out += ["", f"| {title} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for row in measured:
+            cells = [f"{row[part][name]:.3f}" if name in row[part] else "" for name in columns]
+            out.append("| " + " | ".join([row["name"], *cells]) + " |")
+    return "\n".join(out)
 
 
 def main() -> None:
@@ -234,6 +239,7 @@ def main() -> None:
     parser.add_argument("--vision-minutes", type=float, default=8)
     parser.add_argument("--curves", default="curves.png", help="the picture of these runs' curves, beside earlier ones")
     parser.add_argument("--history", default="", help="how these weights came about, where not as above")
+    parser.add_argument("--remarks", default="", help="what the figures say, in words")
     parser.add_argument("--motion-history", default="", help="the same of the motion parts")
     parser.add_argument("--held-out", type=int, default=600)
     args = parser.parse_args()
@@ -252,6 +258,7 @@ def main() -> None:
         vision_minutes=args.vision_minutes,
         curves="\n".join(f"![curves]({path.name})" for path in sorted(args.model.glob("curves*.png"))),
         history=args.history,
+        remarks=args.remarks,
         figures=figures(args.evaluation),
         held_out=args.held_out,
         probe=", ".join(

@@ -235,13 +235,13 @@ def measure_row(
 ) -> Row:
     seen, panels, seconds = [], 0, 0.0
     with peak_memory() as peak:
-        for story in tqdm(stories, desc=name, leave=False):
+        for number, story in enumerate(tqdm(stories, desc=name, leave=False)):
             started = time.perf_counter()
             pictures = how(pipe, story, settings)
             seconds += time.perf_counter() - started
             panels += len(pictures)
             seen.append(look(probe, pictures))
-            if pictures_folder and story.number < 6:
+            if pictures_folder and number < 6:
                 sheet = contact_sheet(pictures, [text for text, _ in story.panels])
                 write_atomically(pictures_folder / f"{name}-{story.number}.png", png_bytes(sheet))
     return Row(name, len(stories), **score(stories, seen), seconds_per_panel=seconds / panels, peak_memory_mb=peak[0])
