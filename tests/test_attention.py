@@ -230,6 +230,7 @@ def test_remembered_rows_are_looked_at_like_rows_of_the_same_call() -> None:
         consistency.next_call(Layout(1, ("new", "reference"), ((1,), ())))
         together = unet(x, 500, text).sample[:1]
         consistency.begin_step(0, 0.0, (8, 8))
+        consistency.remember((0,))
         consistency.next_call(Layout(1, ("reference",), ((),), remember=True))
         unet(x[1:], 500, text[1:])
         consistency.next_call(Layout(1, ("new",), ((),), remembered=(("reference",),)))
@@ -247,7 +248,14 @@ def test_the_grid_of_a_layer_is_known_at_any_aspect_ratio(grid: tuple[int, int],
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rate": 1.5}, {"rate": -0.1}, {"start": 0.7, "end": 0.3}, {"weight": 0.0}, {"reference_noise": 2.0}],
+    [
+        {"rate": 1.5},
+        {"rate": -0.1},
+        {"start": 0.7, "end": 0.3},
+        {"weight": 0.0},
+        {"reference_noise": 2.0},
+        {"reference_interval": 0},
+    ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(PlanError):

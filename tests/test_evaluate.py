@@ -71,17 +71,30 @@ def test_painting_fills_the_clothes_and_nothing_else() -> None:
 def test_the_stories_to_choose_on_are_not_those_that_figures_are_given_of(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[int] = []
+    asked = measured_rows(monkeypatch)
+    evaluate_consistency(stories=3, rows=["default"], first=50)
+    assert asked == [("default", [50, 51, 52])]
+    assert "3 stories" in capsys.readouterr().out
+
+
+def test_rows_of_the_same_plan_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured_rows(monkeypatch)
+    rows = evaluate_consistency(stories=1, rows=["vanilla", "default", "literal", "extended", "rate-1.0", "rate-0.5"])
+    assert [name for name, _ in asked] == ["vanilla", "default", "literal", "extended", "rate-0.5"]
+    assert rows[4] == rows[1] | {"name": "rate-1.0"}
+
+
+def measured_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
+    """The rows that were measured, and on which stories; their figures are made up."""
+    asked: list[tuple[str, list[int]]] = []
 
     def measure(name: str, how: object, pipe: object, probe: object, stories: list[EvalStory], *more: object) -> Row:
-        asked.extend(story.number for story in stories)
-        return Row(name, len(stories), 1, 1, 1, 1, 1)
+        asked.append((name, [story.number for story in stories]))
+        return Row(name, len(stories), len(asked), 1, 1, 1, 1)
 
     monkeypatch.setattr("training.evaluate.measure_row", measure)
     monkeypatch.setattr("storydiffusion.models.load_pipeline", lambda model: None)
-    evaluate_consistency(stories=3, rows=["default"], first=50)
-    assert asked == [50, 51, 52]
-    assert "3 stories" in capsys.readouterr().out
+    return asked
 
 
 def test_every_row_has_a_plan_but_vanilla() -> None:

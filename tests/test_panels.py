@@ -87,10 +87,35 @@ def test_prompts_are_guided_as_far_as_asked_and_the_rest_takes_half_the_work(ddi
 @pytest.mark.parametrize("change", [{"chunk": 1}, {"chunk": 2}, {"split_guidance": True}])
 @pytest.mark.parametrize("way", ["joint", "window", "extend"])
 def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str, Any], way: Way) -> None:
-    references = [Reference("r", picture())] if way == "extend" else []
-    expected = make(ddim, story(5), references, SETTINGS, way)
-    made = make(ddim, story(5), references, replace(SETTINGS, **change), way)
+    references = [Reference("r", picture()), Reference("s", picture(1))] if way == "extend" else []
+    settings = replace(
+        SETTINGS, plan=replace(SETTINGS.plan, reference_interval=2), num_inference_steps=6, guidance_until=0.5
+    )
+    expected = make(ddim, story(5), references, settings, way)
+    made = make(ddim, story(5), references, replace(settings, **change), way)
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
+
+
+@pytest.mark.parametrize(("interval", "replayed"), [(1, [4, 4, 2, 2]), (2, [4, 2]), (3, [4, 2]), (9, [4])])
+def test_references_are_replayed_as_often_as_the_plan_says(ddim: Any, interval: int, replayed: list[int]) -> None:
+    plan = replace(PLANS["paper"], reference_interval=interval)
+    settings, rows = replace(SETTINGS, num_inference_steps=4, guidance_until=0.5, plan=plan), []
+    references = [Reference("r", picture()), Reference("s", picture(1))]
+    watch = ddim.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        extend(ddim, story(1), references, settings)
+    finally:
+        watch.remove()
+    assert sorted(rows) == sorted([*replayed, 2, 2, 1, 1])
+
+
+def test_a_reference_that_is_replayed_seldom_is_still_looked_at(ddim: Any) -> None:
+    references, settings = [Reference("r", picture())], replace(SETTINGS, num_inference_steps=4)
+    often, seldom, never = (
+        denoise(ddim, story(1), references, replace(settings, plan=plan), "extend")
+        for plan in (PLANS["paper"], replace(PLANS["paper"], reference_interval=4), None)
+    )
+    assert 0 < (often - seldom).abs().max() < (often - never).abs().max()
 
 
 def test_consistency_changes_panels_and_no_plan_leaves_them_alone(pipe: Any) -> None:

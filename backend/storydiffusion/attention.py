@@ -50,6 +50,8 @@ class Plan:
         reference_weight: the same for tokens of finished panels that are replayed.
         reference_noise: references are noised to this multiple of the current timestep, 0 to 1.
             Below 1 their features are clearer than the panel's own.
+        reference_interval: references are replayed every so many steps and their features kept in between,
+            which change little from one step to the next (as in DeepCache, Ma et al. 2024, arXiv 2312.00858).
         subjects: of panels whose prompt is also known without its characters (`scenery`), only the
             tokens of the characters are shared, found where naming them changes the prediction
             (DiffEdit, Couairon et al. 2022, arXiv 2210.11427). The paper shares places too.
@@ -64,6 +66,7 @@ class Plan:
     weight: float = 1.0
     reference_weight: float = 1.0
     reference_noise: float = 1.0
+    reference_interval: int = 1
     subjects: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class Plan:
             raise PlanError("A plan's weights must be above 0.", "Use rate 0 to share nothing.")
         if not 0 <= self.reference_noise <= 1:
             raise PlanError(f"reference_noise is {self.reference_noise}.", "Give a number between 0 and 1.")
+        if self.reference_interval < 1:
+            raise PlanError(f"reference_interval is {self.reference_interval}.", "Give 1 step or more.")
 
     def covers(self, module_name: str, progress: float) -> bool:
         """Whether the plan holds at this layer, `progress` (0 to 1) into the schedule."""
@@ -121,9 +126,9 @@ class Layout:
     Attributes:
         ids: a name for every row of a block; token samples are seeded by it.
         sources: for every row, the rows it attends to besides itself.
-        remembered: for every row, the names of rows of an earlier call of the same step it attends
-            to; empty means none for any.
-        remember: whether this call's rows are to be remembered for later calls of this step.
+        remembered: for every row, the names of rows of an earlier call it attends to; empty means none
+            for any.
+        remember: whether this call's rows are to be remembered for later calls.
         tokens: for a row, which of its tokens others may see, as (height, width) bool at latent
             size; rows that are not named show all.
     """
@@ -330,10 +335,13 @@ class ConsistentSelfAttention:
         self.progress = 0.0
         self.grid = (0, 0)
         self._samples: dict[tuple[str, int], Tensor | None] = {}
-        self._remembered: dict[str, dict[str, _Remembered]] = {}
+        self._memories: list[_Memory] = []
+        self._memory = _Memory(0, ())
+        self._halves = slice(None)
 
     def begin_step(self, step: int, progress: float, grid: tuple[int, int]) -> None:
-        """A new step of the schedule: what the last one drew and remembered is forgotten.
+        """A new step of the schedule: what the last one drew is forgotten, and what was remembered
+        `Plan.reference_interval` steps ago.
 
         Args:
             step: the step's number, which seeds its token samples.
@@ -342,7 +350,23 @@ class ConsistentSelfAttention:
         """
         self.layout, self.step, self.progress, self.grid = None, step, progress, grid
         self._samples.clear()
-        self._remembered.clear()
+        oldest = step - self.plan.reference_interval + 1
+        self._memories = [memory for memory in self._memories if memory.step >= oldest]
+
+    def recall(self, halves: Sequence[int]) -> bool:
+        """Let the next calls, of these halves of the guidance, attend to what was remembered of them;
+        whether anything was."""
+        for memory in self._memories:
+            if set(halves) <= set(memory.halves):
+                start = memory.halves.index(halves[0])
+                self._memory, self._halves = memory, slice(start, start + len(halves))
+                return True
+        return False
+
+    def remember(self, halves: Sequence[int]) -> None:
+        """Let the next calls, of these halves of the guidance, remember their rows afresh."""
+        self._memory, self._halves = _Memory(self.step, tuple(halves)), slice(None)
+        self._memories.append(self._memory)
 
     def next_call(self, layout: Layout | None) -> None:
         """Say what the rows of the next U-Net call are; None runs it as found."""
@@ -390,15 +414,15 @@ class ConsistentSelfAttention:
         samples = [self._on(query, self.sample(n, tokens, layout.tokens.get(n))) for n in layout.ids]
         weights = [self.plan.weight] * len(keys)
         if layout.remember:
-            bank = self._remembered.setdefault(layer, {})
+            bank = self._memory.layers.setdefault(layer, {})
             for i, name in enumerate(layout.ids):
                 bank[name] = _Remembered(keys[i], values[i], samples[i])
         sources = layout.sources
         if layout.remembered:
-            bank = self._remembered[layer]
+            bank = self._memory.layers[layer]
             at = {name: len(keys) + i for i, name in enumerate(bank)}
-            keys += [one.key for one in bank.values()]
-            values += [one.value for one in bank.values()]
+            keys += [one.key[self._halves] for one in bank.values()]
+            values += [one.value[self._halves] for one in bank.values()]
             samples += [one.sample for one in bank.values()]
             weights += [self.plan.reference_weight] * len(bank)
             sources = tuple(
@@ -418,6 +442,15 @@ class _Remembered:
     key: Tensor
     value: Tensor
     sample: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a replay left: by layer and row."""
+
+    step: int
+    halves: tuple[int, ...]
+    layers: dict[str, dict[str, _Remembered]] = field(default_factory=dict)
 
 
 def is_self_attention(name: str, module: nn.Module) -> bool:

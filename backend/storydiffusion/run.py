@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -201,6 +201,12 @@ class Run:
     def guided(self, progress: float) -> bool:
         """Whether the prompts are guided, `progress` (0 to 1) into the schedule."""
         return self.settings.guidance_scale > 1 and progress < self.settings.guidance_until
+
+
+def chunks(count: int, size: int) -> Iterator[range]:
+    """0 .. count - 1 in runs of at most `size`."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
 
 
 def picture_noise(pipe: Any, settings: Settings, seed: int) -> Tensor:

@@ -30,6 +30,7 @@ from storydiffusion.run import (
     Target,
     Way,
     call_unet,
+    chunks,
     noise_source,
     prepare,
     shares,
@@ -65,7 +66,7 @@ def _calls(count: int, way: Way, settings: Settings) -> list[list[int]]:
         stride = max(1, w // 2)
         starts = [*range(0, count - w, stride), count - w]
         return [list(range(s, s + w)) for s in starts]
-    return [list(range(i, min(i + settings.chunk, count))) for i in range(0, count, settings.chunk)]
+    return [list(chunk) for chunk in chunks(count, settings.chunk)]
 
 
 def _tokens_of(run: Run, names: Mapping[str, int]) -> dict[str, Tensor]:
@@ -110,15 +111,21 @@ def _name(reference: Reference) -> str:
 def _replay(
     run: Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int], cancel: Cancel
 ) -> None:
-    """Run the references, noised to this step, so that the layers remember their features."""
+    """Run the references, noised to this step, so that the layers remember their features; unless they
+    still do."""
+    if consistency.recall(halves):
+        return
+    consistency.remember(halves)
     at = (timestep * consistency.plan.reference_noise).round().long()
     noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
-    for i, reference in enumerate(run.references):
+    names = [_name(reference) for reference in run.references]
+    first = len(run.targets)
+    for chunk in chunks(len(names), run.settings.chunk):
         stop_if(cancel)
-        name, row = _name(reference), len(run.targets) + i
-        tokens = _tokens_of(run, {name: row})
-        consistency.next_call(Layout(len(halves), (name,), ((),), remember=True, tokens=tokens))
-        call_unet(run, noisy[i : i + 1], at, [row], halves)
+        rows = {names[i]: first + i for i in chunk}
+        nobody = ((),) * len(chunk)
+        consistency.next_call(Layout(len(halves), tuple(rows), nobody, remember=True, tokens=_tokens_of(run, rows)))
+        call_unet(run, noisy[list(chunk)], at, list(rows.values()), halves)
 
 
 def _predict(

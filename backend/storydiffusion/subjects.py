@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from storydiffusion.attention import Plan
-from storydiffusion.run import Cancel, Run, call_unet, stop_if, variance_preserving
+from storydiffusion.run import Cancel, Run, call_unet, chunks, stop_if, variance_preserving
 
 #: When characters are looked for, as fractions of the schedule: soon, and again once outlines stand.
 SUBJECTS_AT = (0.0, 0.12, 0.3)
@@ -27,12 +27,12 @@ def find_subjects(run: Run, latents: Tensor, timestep: Tensor, rows: Sequence[in
         for row, one in zip(rows, latents, strict=True)
         if run.sceneries[row] is not None and row not in run.given_tokens
     ]
-    for i in range(0, len(sought), run.settings.chunk):
+    for chunk in chunks(len(sought), run.settings.chunk):
         stop_if(cancel)
-        chunk = sought[i : i + run.settings.chunk]
-        model_input = torch.stack([one for _, one in chunk])
-        named, unnamed = call_unet(run, model_input, timestep, [row for row, _ in chunk], (1, 2))
-        for (row, _), change in zip(chunk, (named - unnamed).square().mean(1).sqrt().cpu().numpy(), strict=True):
+        some = [sought[i] for i in chunk]
+        model_input = torch.stack([one for _, one in some])
+        named, unnamed = call_unet(run, model_input, timestep, [row for row, _ in some], (1, 2))
+        for (row, _), change in zip(some, (named - unnamed).square().mean(1).sqrt().cpu().numpy(), strict=True):
             levels = (255 * change / max(float(change.max()), 1e-8)).astype(np.uint8)
             _, found = cv2.threshold(levels, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
             if found.any():
