@@ -102,7 +102,16 @@ class Plan:
 #: panel counts more, so that what was painted in it is followed.
 PLANS: dict[str, Plan] = {
     "paper": Plan("paper"),
-    "default": Plan("default", where=DECODER, start=0.12, rate=1.0, weight=0.5, reference_weight=2.0, subjects=True),
+    "default": Plan(
+        "default",
+        where=DECODER,
+        start=0.12,
+        rate=1.0,
+        weight=0.5,
+        reference_weight=2.0,
+        subjects=True,
+        reference_interval=2,
+    ),
     "everywhere": Plan("everywhere", where=EVERYWHERE, rate=1.0),
 }
 
