@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 
 from training import clips, world
 from training.common import MODEL, RUNS
+from training.evaluate import row_names
 from training.evaluate_motion import COMPARED
 from training.motion import MOTION
 from training.probe import PROBE
@@ -201,11 +202,9 @@ def figures(path: Path) -> str:
     if not path.exists():
         return "Not measured yet: `storydiffusion evaluate consistency`."
     rows = json.loads(path.read_text())["rows"]
-    names = ",".join(row["name"] for row in rows)
-    out = [
-        f"`storydiffusion evaluate consistency --stories {rows[0]['stories']} --rows {names} --json FILE` printed:",
-        "",
-    ]
+    names = [row["name"] for row in rows]
+    chosen = "" if names == row_names() else f" --rows {','.join(names)}"
+    out = [f"`storydiffusion evaluate consistency --stories {rows[0]['stories']}{chosen} --json FILE` printed:", ""]
     out += [
         "| row | agreement | fidelity | pose diversity | miscounted | s/panel | MB |",
         "|---|---|---|---|---|---|---|",

@@ -159,6 +159,11 @@ def rows_of(default: Plan) -> dict[str, tuple[Maker, Plan | None, bool]]:
     return rows
 
 
+def row_names() -> list[str]:
+    """The whole table's, in order."""
+    return [*rows_of(PLANS["default"]), "paint"]
+
+
 @dataclass
 class Row:
     """One line of the table."""
@@ -312,7 +317,7 @@ def evaluate_consistency(
     from storydiffusion.errors import PlanError
     from storydiffusion.models import load_pipeline
 
-    available = [*rows_of(PLANS["default"]), "paint"]
+    available = row_names()
     wanted = list(rows) if rows else available
     if unknown := [name for name in wanted if name not in available]:
         raise PlanError(f"There is no row called {', '.join(unknown)}.", f"Rows: {', '.join(available)}.")
