@@ -96,26 +96,41 @@ def test_chunks_and_split_guidance_change_no_picture(ddim: Any, change: dict[str
     assert all(same(a, b) for a, b in zip(expected, made, strict=True))
 
 
-@pytest.mark.parametrize(("interval", "replayed"), [(1, [4, 4, 2, 2]), (2, [4, 2]), (3, [4, 2]), (9, [4])])
-def test_references_are_replayed_as_often_as_the_plan_says(ddim: Any, interval: int, replayed: list[int]) -> None:
-    plan = replace(PLANS["paper"], reference_interval=interval)
-    settings, rows = replace(SETTINGS, num_inference_steps=4, guidance_until=0.5, plan=plan), []
+@pytest.mark.parametrize(
+    ("interval", "replayed"),
+    [(1, [(4, 0), (4, 1), (2, 2), (2, 3)]), (2, [(4, 1), (2, 3)]), (3, [(4, 2), (2, 3)]), (9, [(4, 3)])],
+)
+def test_references_are_replayed_as_often_as_the_plan_says_noised_to_the_last_step_they_serve(
+    ddim: Any, interval: int, replayed: list[tuple[int, int]]
+) -> None:
+    """Rows of a call, two halves of the guidance while there is any, and the step they are noised to."""
+    plan, calls = replace(PLANS["paper"], reference_interval=interval), []
+    settings = replace(SETTINGS, num_inference_steps=4, guidance_until=0.5, plan=plan)
     references = [Reference("r", picture()), Reference("s", picture(1))]
-    watch = ddim.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    watch = ddim.unet.register_forward_pre_hook(lambda module, args: calls.append((len(args[0]), int(args[1]))))
     try:
         extend(ddim, story(1), references, settings)
     finally:
         watch.remove()
-    assert sorted(rows) == sorted([*replayed, 2, 2, 1, 1])
+    steps = ddim.scheduler.timesteps.tolist()
+    expected = [*replayed, (2, 0), (2, 1), (1, 2), (1, 3)]
+    assert sorted(calls) == sorted((rows, steps[step]) for rows, step in expected)
 
 
-def test_a_reference_that_is_replayed_seldom_is_still_looked_at(ddim: Any) -> None:
-    references, settings = [Reference("r", picture())], replace(SETTINGS, num_inference_steps=4)
-    often, seldom, never = (
-        denoise(ddim, story(1), references, replace(settings, plan=plan), "extend")
-        for plan in (PLANS["paper"], replace(PLANS["paper"], reference_interval=4), None)
-    )
-    assert 0 < (often - seldom).abs().max() < (often - never).abs().max()
+def test_a_reference_that_is_replayed_once_is_looked_at_in_every_step(ddim: Any) -> None:
+    settings = replace(SETTINGS, num_inference_steps=4, plan=replace(PLANS["paper"], reference_interval=4))
+    latents: list[dict[int, Any]] = []
+    for seed in range(2):
+        seen: dict[int, Any] = {}
+
+        def keep(progress: Any, seen: dict[int, Any] = seen) -> None:
+            seen[progress.step] = progress.preview.args[0].clone()
+
+        denoise(ddim, story(1), [Reference("r", picture(seed))], settings, "extend", keep)
+        latents.append(seen)
+    apart = [float((latents[0][step] - latents[1][step]).abs().max()) for step in range(5)]
+    assert apart[0] == 0
+    assert 0 < apart[1] < apart[2] < apart[4], "later steps did not look at it"
 
 
 def test_consistency_changes_panels_and_no_plan_leaves_them_alone(pipe: Any) -> None:

@@ -48,10 +48,11 @@ class Plan:
         weight: how much more (or less) than a token of one's own a token of another panel counts.
             It multiplies exp(q k), that is, log(weight) is added to its logit; 1 is the paper.
         reference_weight: the same for tokens of finished panels that are replayed.
-        reference_noise: references are noised to this multiple of the current timestep, 0 to 1.
+        reference_noise: references are noised to this multiple of the panels' timestep, 0 to 1.
             Below 1 their features are clearer than the panel's own.
-        reference_interval: references are replayed every so many steps and their features kept in between,
-            which change little from one step to the next (as in DeepCache, Ma et al. 2024, arXiv 2312.00858).
+        reference_interval: references are replayed every so many steps, noised to the last of them, and their
+            features kept in between: they change little from one step to the next (as in DeepCache, Ma et al.
+            2024, arXiv 2312.00858).
         subjects: of panels whose prompt is also known without its characters (`scenery`), only the
             tokens of the characters are shared, found where naming them changes the prediction
             (DiffEdit, Couairon et al. 2022, arXiv 2210.11427). The paper shares places too.

@@ -108,15 +108,16 @@ def _name(reference: Reference) -> str:
     return f"reference:{reference.id}"
 
 
-def _replay(
-    run: Run, consistency: ConsistentSelfAttention, timestep: Tensor, halves: Sequence[int], cancel: Cancel
-) -> None:
-    """Run the references, noised to this step, so that the layers remember their features; unless they
-    still do."""
+def _replay(run: Run, consistency: ConsistentSelfAttention, halves: Sequence[int], cancel: Cancel) -> None:
+    """Run the references, so that the layers remember their features; unless they still do.
+
+    They are noised to the last step they serve.
+    """
     if consistency.recall(halves):
         return
     consistency.remember(halves)
-    at = (timestep * consistency.plan.reference_noise).round().long()
+    last = min(consistency.step + consistency.plan.reference_interval, len(run.timesteps)) - 1
+    at = (run.timesteps[last] * consistency.plan.reference_noise).round().long()
     noisy = variance_preserving(run.pipe.scheduler, run.reference_latents, run.reference_noise, at)
     names = [_name(reference) for reference in run.references]
     first = len(run.targets)
@@ -145,7 +146,7 @@ def _predict(
     count = torch.zeros(len(latents), device=latents.device)
     for index, some in enumerate(passes):
         if consistency is not None and run.references and consistency.plan.holds(progress):
-            _replay(run, consistency, timestep, some, cancel)
+            _replay(run, consistency, some, cancel)
         for rows in calls:
             stop_if(cancel)
             if consistency is not None:
